@@ -1,0 +1,63 @@
+"""Find a kernel, verify it, prove it, swap it in, and be able to take it back.
+
+    spec -> Requirement -> Resolution -> Artifact -> Kernel -> Implementation -> Swap -> Applied
+    spec.py              resolve.py     store.py    load.py   layers.py         plan.py apply.py
+
+Read `api.py` first: it is that line, in code. Nothing heavy is imported before it is used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ._version import __version__
+
+if TYPE_CHECKING:
+    from .api import Swapper, explain, find, kernelize, load, swap, unkernelize
+    from .apply import Applied
+    from .errors import KernelSwapError
+    from .types import Machine, Mode
+
+_WHERE = {
+    "Applied": "apply",
+    "KernelSwapError": "errors",
+    "Machine": "types",
+    "Mode": "types",
+    "Swapper": "api",
+    "explain": "api",
+    "find": "api",
+    "kernelize": "api",
+    "load": "api",
+    "swap": "api",
+    "unkernelize": "api",
+}
+
+__all__ = [
+    "Applied",
+    "KernelSwapError",
+    "Machine",
+    "Mode",
+    "Swapper",
+    "__version__",
+    "explain",
+    "find",
+    "kernelize",
+    "load",
+    "swap",
+    "unkernelize",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    value = getattr(importlib.import_module(f".{_WHERE[name]}", __name__), name)
+    # A public name may equal its own module's (`load`, `explain`): bind the value over the submodule, once and for all.
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,84 @@
+"""Who may import whom: a file imports only from rows above its own. Imports inside functions count."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+ROWS = [
+    {"_version", "errors"},
+    {"types"},
+    {"spec", "variant", "metadata", "lock", "table", "render", "mode"},
+    {"resolve", "layers"},
+    {"backends", "sources", "verifiers", "slots"},
+    {"machine", "store", "loader", "sites", "build"},
+    {"plan", "apply", "proof"},
+    {"api"},
+    {"adapters", "compat", "bench", "serve", "cli"},
+]
+PURE = {"_version", "errors", "types", "spec", "variant", "metadata", "lock", "table", "render", "mode", "resolve"}
+PURE_MAY_USE = {"packaging", "tomli", "__future__"}
+ROOT = pathlib.Path(__file__).parents[1] / "src" / "kernelswap"
+RANK = {name: row for row, names in enumerate(ROWS) for name in names}
+LONG_ALLOWED = "# long:"  # the reason at the top of a file that is over 400 lines
+
+
+def files():
+    return [p for p in sorted(ROOT.rglob("*.py")) if "bundled" not in p.relative_to(ROOT).parts]
+
+
+def edges():
+    for path in files():
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        if parts == ("__init__",) or parts == ("__main__",):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):  # walk, not body: an import hidden in a function counts
+            where = f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}"
+            if isinstance(node, ast.ImportFrom) and node.level:
+                base = list(parts[: len(parts) - node.level])
+                for alias in node.names:
+                    yield parts[0], (base + (node.module or alias.name).split("."))[0], where
+            elif isinstance(node, ast.Import | ast.ImportFrom):
+                names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+                for name in names:
+                    yield parts[0], "!" + name.split(".")[0], where
+
+
+def test_imports_point_down():
+    up = [
+        f"{where}: {a} imports {b}"
+        for a, b, where in edges()
+        if not b.startswith("!") and a != b and b != "_version" and RANK[b] >= RANK[a]
+    ]
+    assert not up, "\n".join(up)
+
+
+def test_every_file_has_a_row():
+    unknown = (
+        {p.relative_to(ROOT).parts[0].removesuffix(".py") for p in files()} - set(RANK) - {"__init__", "__main__", "transformers"}
+    )
+    assert not unknown
+
+
+def test_the_pure_half_needs_only_the_standard_library():
+    impure = [
+        f"{where}: {b[1:]}"
+        for a, b, where in edges()
+        if a in PURE and b.startswith("!") and b[1:] not in sys.stdlib_module_names | PURE_MAY_USE and b[1:] != "torch"
+    ]
+    assert not impure, "\n".join(impure)
+
+
+def test_a_long_file_says_why():
+    long = [
+        f"{p.relative_to(ROOT)}: {n}"
+        for p in files()
+        if (n := p.read_text().count("\n")) > 400 and LONG_ALLOWED not in "\n".join(p.read_text().splitlines()[:40])
+    ]
+    assert not long
+
+
+def test_importing_us_imports_nothing_heavy():
+    code = "import sys, kernelswap; print([m for m in ('torch', 'huggingface_hub', 'transformers', 'packaging') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent)
+    assert done.stdout.strip() == "[]"
