@@ -297,7 +297,8 @@ class Row:
     targets: tuple[str, ...] = ()
     """Globs over class names (module) or function names (function). The decorated name `layer` always matches."""
     needs: tuple[tuple[str, ...], ...] = ()
-    """Attributes the original must have; each entry is a set of alternatives, `("variance_epsilon", "eps")`."""
+    """Attributes the original must have; each entry is a set of alternatives, `("variance_epsilon", "eps")`.
+    `act_fn=SiLU*` also asks for the class name of the attribute."""
     probe: str = ""
     """Recipe in `proof.inputs` that makes random inputs for it: `rows`, `mlp`, `elementwise`, `rotary`, ..."""
     use: tuple[Use, ...] = ()
@@ -323,6 +324,8 @@ class Site:
     row: Row = field(repr=False)
     name: str = ""
     """kind function: the global name that the module's forward looks up."""
+    left_out: str = ""
+    """Why it is not up for a swap at all (`skip=` of the user, the class's own condition); empty: it is."""
 
 
 @dataclass(frozen=True, slots=True)
