@@ -3,6 +3,7 @@
 * KernelSwapError
   - SpecError         the text does not parse                              caller
   - TableError        a table, config or policy file is wrong              caller
+  - ModeError         the combination of modes means nothing               caller
   - UnknownKernel     no source knows this name, version or layer          caller
   - PlanConflict      two rows claim one site                              caller
   - UndoConflict      someone wrapped the module after we did              caller
@@ -74,6 +75,10 @@ class SpecError(KernelSwapError, ValueError):
 
 class TableError(KernelSwapError, ValueError):
     """A table, KernelConfig or policy file is wrong; all problems at once, one a line."""
+
+
+class ModeError(KernelSwapError, ValueError):
+    """The combination of modes means nothing."""
 
 
 class UnknownKernel(KernelSwapError, ValueError, LookupError):
