@@ -14,7 +14,8 @@ ROWS = [
     {"machine", "store", "loader", "sites", "build"},
     {"plan", "apply", "proof"},
     {"api"},
-    {"adapters", "compat", "bench", "serve", "cli"},
+    {"adapters", "compat", "bench", "serve"},
+    {"cli"},
 ]
 PURE = {"_version", "errors", "types", "strict", "spec", "variant", "metadata", "lock", "table", "render", "mode", "resolve"}
 PURE_MAY_USE = {"packaging", "tomli", "tomllib", "__future__"}
