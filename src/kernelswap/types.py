@@ -51,7 +51,7 @@ class Requirement:
         return "".join(
             (
                 "paged|" if self.paged else "",
-                "" if self.source == "hub" else f"{self.source}://",
+                "" if self.source == "hub" and not self.name.startswith("kernelswap/") else f"{self.source}://",
                 self.name,
                 f"@{at}" if at is not None else "",
                 f":{self.layer}" if self.layer else "",
