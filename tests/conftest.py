@@ -1,0 +1,55 @@
+"""Fixtures for every test: a hub on loopback, caches below tmp_path, and kernels made in one line."""
+
+import pytest
+from tests.hub import Hub, kernel_files
+
+
+@pytest.fixture
+def hub():
+    """A hub on loopback: `hub.repo("org/name").branch("v1", files={...})`, `hub.url`."""
+    with Hub() as running:
+        yield running
+
+
+@pytest.fixture
+def hub_cache(tmp_path):
+    """An empty cache directory in the hub's layout."""
+    cache = tmp_path / "hf-cache"
+    cache.mkdir()
+    return cache
+
+
+@pytest.fixture
+def make_repo(tmp_path):
+    """Write a kernel repository to disk: `make_repo("demo", {"torch-cpu": "code of __init__.py"})` gives its path.
+
+    A value may also be a dict of keywords for `tests.hub.kernel_files`.
+    """
+
+    def make(name, variants, *, where=None, **more):
+        root = (where or tmp_path / "repos") / name
+        for variant, given in variants.items():
+            keywords = given if isinstance(given, dict) else {"code": given}
+            for path, data in kernel_files(variant, name=name, **{**more, **keywords}).items():
+                target = root / path
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(data)
+        return root
+
+    return make
+
+
+@pytest.fixture
+def as_default_hub(hub, hub_cache, monkeypatch):
+    """Point this process's `huggingface_hub` (and so Transformers) at `hub` and at `hub_cache`; gives the hub."""
+    import huggingface_hub.hf_api
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(hub_cache))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.url)
+    monkeypatch.setenv("HF_ENDPOINT", hub.url)
+    monkeypatch.setenv("HF_HUB_CACHE", str(hub_cache))
+    return hub
