@@ -1,0 +1,226 @@
+"""RMSNorm and residual add + RMSNorm, forward and backward.
+
+    y = x * rsqrt(mean(x^2) + eps) * (offset + w)        mean in float32
+
+Source: Zhang & Sennrich 2019, arXiv:1910.07467. Casts as Llama's module has them (`offset` 0: the normalised row is
+rounded to x's dtype, then multiplied by w) or as Gemma's (`offset` 1: the product is in float32, then rounded).
+
+Bytes, forward: x read once, y written once. Backward: x and dy read once, dx written once, one partial dw row per program.
+The row statistic is recomputed in backward, where x is read anyway: nothing but x and w is saved.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._launch import bind, current_device, current_stream
+
+
+@triton.jit(do_not_specialize=["M", "eps"])
+def _forward(X, W, Y, M, eps, N: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, OFFSET: tl.constexpr):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    col = tl.arange(0, BLOCK)
+    inside = (row < M)[:, None] & (col < N)[None, :]
+    at = row.to(tl.int64)[:, None] * N + col[None, :]
+    x = tl.load(X + at, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    w = tl.load(W + col, mask=col < N, other=0.0)
+    rstd = 1.0 / tl.sqrt_rn(tl.sum(x * x, axis=1) / N + eps)
+    x = x * rstd[:, None]
+    if OFFSET:
+        y = x * (1.0 + w.to(tl.float32))[None, :]
+    else:
+        y = x.to(X.dtype.element_ty).to(tl.float32) * w.to(tl.float32)[None, :]
+    tl.store(Y + at, y, mask=inside, cache_modifier=".cs")
+
+
+@triton.jit(do_not_specialize=["M", "eps"])
+def _add_forward(X, D, W, S, Y, M, eps, N: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, OFFSET: tl.constexpr):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    col = tl.arange(0, BLOCK)
+    inside = (row < M)[:, None] & (col < N)[None, :]
+    at = row.to(tl.int64)[:, None] * N + col[None, :]
+    x = tl.load(X + at, mask=inside, other=0.0).to(tl.float32)
+    d = tl.load(D + at, mask=inside, other=0.0).to(tl.float32)
+    w = tl.load(W + col, mask=col < N, other=0.0)
+    s = (x + d).to(S.dtype.element_ty)  # rounded as eager rounds the residual stream
+    tl.store(S + at, s, mask=inside)
+    x = s.to(tl.float32)
+    rstd = 1.0 / tl.sqrt_rn(tl.sum(x * x, axis=1) / N + eps)
+    x = x * rstd[:, None]
+    if OFFSET:
+        y = x * (1.0 + w.to(tl.float32))[None, :]
+    else:
+        y = x.to(X.dtype.element_ty).to(tl.float32) * w.to(tl.float32)[None, :]
+    tl.store(Y + at, y, mask=inside)
+
+
+@triton.jit(do_not_specialize=["M", "programs", "eps"])
+def _backward(
+    DY, DS, X, W, DX, P, M, programs, eps,
+    N: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, OFFSET: tl.constexpr, RESIDUAL: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """dx and one partial row of dw per program. RESIDUAL: dx += DS, the gradient that arrives through the sum."""
+    pid = tl.program_id(0)
+    col = tl.arange(0, BLOCK)
+    w = tl.load(W + col, mask=col < N, other=0.0).to(tl.float32)
+    if OFFSET:
+        w += 1.0
+    dw = tl.zeros((ROWS, BLOCK), tl.float32)
+    for block in tl.range(pid, tl.cdiv(M, ROWS), programs, num_stages=STAGES):
+        row = block * ROWS + tl.arange(0, ROWS)
+        inside = (row < M)[:, None] & (col < N)[None, :]
+        at = row.to(tl.int64)[:, None] * N + col[None, :]
+        x = tl.load(X + at, mask=inside, other=0.0).to(tl.float32)
+        dy = tl.load(DY + at, mask=inside, other=0.0).to(tl.float32)
+        rstd = 1.0 / tl.sqrt_rn(tl.sum(x * x, axis=1) / N + eps)
+        n = x * rstd[:, None]
+        g = dy * w[None, :]
+        c = tl.sum(g * n, axis=1) / N
+        dx = (g - n * c[:, None]) * rstd[:, None]
+        if RESIDUAL:
+            dx += tl.load(DS + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(DX + at, dx, mask=inside)
+        dw += dy * (n if OFFSET else n.to(X.dtype.element_ty).to(tl.float32))
+    tl.store(P + pid.to(tl.int64) * N + col, tl.sum(dw, axis=0), mask=col < N)
+
+
+@triton.jit(do_not_specialize=["programs"])
+def _sum_partials(P, DW, programs, N: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    col = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    acc = tl.zeros((ROWS, BLOCK), tl.float32)
+    for start in range(0, programs, ROWS):
+        row = start + tl.arange(0, ROWS)
+        acc += tl.load(P + row[:, None] * N + col[None, :], mask=(row < programs)[:, None] & (col < N)[None, :], other=0.0)
+    tl.store(DW + col, tl.sum(acc, axis=0), mask=col < N)
+
+
+# -- host side ----------------------------------------------------------------------------------------------------
+# Every microsecond here is paid at each call of each norm: one dict lookup, raw pointers, no autograd.Function unless a
+# gradient is wanted. Under tracing the formula itself is handed to the compiler, which fuses it with its neighbours.
+
+_PLAIN = (Tensor, torch.nn.Parameter)  # subclasses (DTensor, quantised, functorch) take the formula
+_forwards: dict[tuple[Any, ...], tuple[Any, int]] = {}
+_adds: dict[tuple[Any, ...], tuple[Any, int]] = {}
+_backwards: dict[tuple[Any, ...], tuple[Any, int]] = {}
+_sums: dict[tuple[Any, ...], Any] = {}
+_multiprocessors: dict[int, int] = {}
+
+
+def _tile(n: int, many: bool) -> tuple[int, int, int]:
+    """BLOCK, ROWS, num_warps of the forward kernels, measured on an H200 (benchmarks/LOG.md)."""
+    block = triton.next_power_of_2(n)
+    warps = max(1, min(16, block // 512))
+    if many and block < 512:
+        return block, 1024 // block, 4
+    return block, 1, warps if many else max(2, warps)
+
+
+def formula(x: Tensor, weight: Tensor, eps: float, offset: int = 0) -> Tensor:
+    """The same in plain torch: for tracing, for tensor subclasses, and to read."""
+    f = x.float()
+    f = f * torch.rsqrt(f.pow(2).mean(-1, keepdim=True) + eps)
+    if offset:
+        return (f * (1.0 + weight.float())).to(x.dtype)
+    return weight * f.to(x.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: int = 0) -> Tensor:
+    """RMSNorm over the last dimension. x (..., N), weight (N,) -> (..., N), contiguous.
+
+    bf16, fp16 or fp32; mixed x and weight give torch's promoted dtype (`offset` 0) or x's (`offset` 1). N up to 65536.
+    """
+    if torch.compiler.is_compiling() or type(x) not in _PLAIN or type(weight) not in _PLAIN or not fits(x, weight):
+        return formula(x, weight, eps, offset)
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return _RMSNorm.apply(x, weight, eps, offset)  # type: ignore[no-any-return]  # autograd.Function is untyped
+    return _run(x, weight, eps, offset)
+
+
+def fits(x: Tensor, weight: Tensor) -> bool:
+    """The kernel can take these; everything else goes through the formula."""
+    return x.is_cuda and weight.is_cuda and weight.is_contiguous() and 0 < weight.shape[0] <= 65536 and x.numel() > 0
+
+
+def _run(x: Tensor, weight: Tensor, eps: float, offset: int) -> Tensor:
+    if not x.is_contiguous():
+        x = x.contiguous()
+    n = x.shape[-1]
+    rows = x.numel() // n
+    dtype = x.dtype
+    if offset or weight.dtype is dtype:
+        y = torch.empty_like(x)
+    else:
+        y = torch.empty_like(x, dtype=torch.promote_types(dtype, weight.dtype))
+    device = x.get_device()
+    px, pw, py = x.data_ptr(), weight.data_ptr(), y.data_ptr()
+    key = (dtype, weight.dtype, n, device, rows > 64, offset, (px | pw | py) & 15)
+    found = _forwards.get(key)
+    if found is None:
+        block, tile, warps = _tile(n, rows > 64)
+        launch = bind(
+            _forward, (x, weight, y, 17, 1e-6), device=device, num_warps=warps, N=n, BLOCK=block, ROWS=tile, OFFSET=offset
+        )
+        found = _forwards[key] = launch, tile
+    launch, tile = found
+    if device == current_device():
+        launch(-(-rows // tile), current_stream(device), px, pw, py, rows, eps)
+    else:
+        with torch.cuda.device(device):
+            launch(-(-rows // tile), current_stream(device), px, pw, py, rows, eps)
+    return y
+
+
+def _run_backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float, offset: int, ds: Tensor | None) -> tuple[Tensor, Tensor]:
+    """dx, dweight. `ds`: gradient of the sum that x is, added to dx."""
+    n = x.shape[-1]
+    rows = x.numel() // n
+    dy = dy.contiguous()
+    dx = torch.empty_like(x)
+    device = x.get_device()
+    if device not in _multiprocessors:
+        _multiprocessors[device] = torch.cuda.get_device_properties(device).multi_processor_count
+    programs = min(_multiprocessors[device] * (1 if n > 4096 else 2), rows)
+    partial = torch.empty((programs, n), dtype=torch.float32, device=x.device)
+    dw = torch.empty_like(weight)
+    extra = dy if ds is None else ds.contiguous()
+    align = (dy.data_ptr() | x.data_ptr() | weight.data_ptr() | extra.data_ptr()) & 15
+    key = (x.dtype, dy.dtype, weight.dtype, n, device, offset, ds is None, align)
+    found = _backwards.get(key)
+    if found is None:
+        block = triton.next_power_of_2(n)
+        tile = 4 if block <= 1024 else 1
+        warps = 8 if block >= 8192 else 4
+        launch = bind(
+            _backward, (dy, extra, x, weight, dx, partial, 17, 17, 1e-6), device=device, num_warps=warps,
+            N=n, BLOCK=block, ROWS=tile, OFFSET=offset, RESIDUAL=int(ds is not None), STAGES=3,
+        )  # fmt: skip
+        total = bind(_sum_partials, (partial, dw, 17), device=device, num_warps=4, N=n, BLOCK=32, ROWS=64)
+        found = _backwards[key] = launch, total
+    launch, total = found
+    with torch.cuda.device(device):
+        stream = current_stream(device)
+        launch(
+            programs, stream, dy.data_ptr(), extra.data_ptr(), x.data_ptr(), weight.data_ptr(), dx.data_ptr(),
+            partial.data_ptr(), rows, programs, eps,
+        )  # fmt: skip
+        total(-(-n // 32), stream, partial.data_ptr(), dw.data_ptr(), programs)
+    return dx, dw
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: int) -> Tensor:
+        x = x.contiguous()
+        ctx.save_for_backward(x, weight)
+        ctx.eps, ctx.offset = eps, offset
+        return _run(x, weight, eps, offset)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]  # torch types *Any
+        x, weight = ctx.saved_tensors
+        return *_run_backward(dy, x, weight, ctx.eps, ctx.offset, None), None, None
