@@ -8,7 +8,7 @@ import sys
 ROWS = [
     {"_version", "errors"},
     {"types", "strict"},
-    {"spec", "variant", "metadata", "lock", "table", "render", "mode"},
+    {"spec", "variant", "metadata", "lock", "table", "render", "mode", "policy", "record", "tree"},
     {"resolve", "layers"},
     {"backends", "sources", "verifiers", "slots"},
     {"machine", "store", "loader", "sites", "build"},
@@ -17,7 +17,7 @@ ROWS = [
     {"adapters", "compat", "bench", "serve"},
     {"cli"},
 ]
-PURE = {"_version", "errors", "types", "strict", "spec", "variant", "metadata", "lock", "table", "render", "mode", "resolve"}
+PURE = {"_version", "errors", "types", "strict", "spec", "variant", "metadata", "lock", "table", "render", "mode", "policy", "record", "resolve"}
 PURE_MAY_USE = {"packaging", "tomli", "tomllib", "__future__"}
 ROOT = pathlib.Path(__file__).parents[1] / "src" / "kernelswap"
 RANK = {name: row for row, names in enumerate(ROWS) for name in names}
