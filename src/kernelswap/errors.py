@@ -18,6 +18,7 @@
   - Refused           a verifier said no, or policy forbids it             publisher
   - Tampered          bytes differ from what was verified before           publisher
   - LoadFailed        the code raised while being imported                 kernel
+  - DependencyError   it asked for another kernel that it did not declare  kernel
   - LayerMismatch     its forward cannot stand in for the original         kernel
   - CallFailed        it raised at its first call                          kernel
 
@@ -151,6 +152,12 @@ class Tampered(Refused):
 
 class LoadFailed(KernelSwapError, ImportError):
     """The kernel's own code raised while being imported; its exception is the cause."""
+
+    fault = "kernel"
+
+
+class DependencyError(KernelSwapError, RuntimeError):
+    """A kernel dependency was asked for outside an import, or by a kernel that does not declare it."""
 
     fault = "kernel"
 
