@@ -6,12 +6,12 @@ import stat
 import threading
 
 import pytest
+from tests.kernel_files import Folder, candidate, metadata_of, snapshot, write
 
 from kernelswap import tree
 from kernelswap.errors import Refused, StoreError, Tampered, Unreachable
 from kernelswap.store import Store, tree_digest
 from kernelswap.types import Evidence
-from tests.kernel_files import Folder, candidate, metadata_of, snapshot, write
 
 
 @pytest.fixture
@@ -399,7 +399,7 @@ def test_a_lock_held_for_too_long_is_named(store, build, monkeypatch):
 
 
 @pytest.mark.skipif(
-    not hasattr(os, "fork") or os.getuid() == 0 and not os.path.exists("/proc/self/status"), reason="needs POSIX users"
+    not hasattr(os, "fork") or (os.getuid() == 0 and not os.path.exists("/proc/self/status")), reason="needs POSIX users"
 )
 def test_a_read_only_cache_serves_what_it_has_and_says_that_it_cannot_take_more(store, build, tmp_path):
     artifact = put(store, build)
