@@ -193,7 +193,7 @@ def _backend_misfit(variant: Variant, machine: Machine) -> str | None:
     if variant.backend in _PREFIX and wants != has:
         return f"built for {variant.backend} {_dotted(wants)}, this is {_dotted(has)}"
     if variant.backend == "metal" and (machine.macos is None or machine.macos < FIRST_METAL):
-        return f"needs macOS {_dotted(FIRST_METAL)}, this is {_dotted(machine.macos)}"
+        return f"needs macOS {_dotted(FIRST_METAL)} or newer, this is {_dotted(machine.macos)}"
     return None
 
 
