@@ -8,16 +8,16 @@ import sys
 ROWS = [
     {"_version", "errors"},
     {"types", "strict"},
-    {"spec", "variant", "metadata", "lock", "table", "render", "mode", "policy", "record", "tree"},
+    {"spec", "variant", "metadata", "lock", "table", "render", "mode", "policy", "record", "tree", "buildfile"},
     {"resolve", "layers"},
-    {"backends", "sources", "verifiers", "slots"},
+    {"backends", "sources", "verifiers", "slots", "toolchain"},
     {"machine", "store", "loader", "sites", "build"},
     {"plan", "apply", "proof"},
     {"api"},
     {"adapters", "compat", "bench", "serve"},
     {"cli"},
 ]
-PURE = {"_version", "errors", "types", "strict", "spec", "variant", "metadata", "lock", "table", "render", "mode", "policy", "record", "resolve"}
+PURE = {"_version", "errors", "types", "strict", "spec", "variant", "metadata", "lock", "table", "render", "mode", "policy", "record", "resolve", "buildfile"}
 PURE_MAY_USE = {"packaging", "tomli", "tomllib", "__future__"}
 ROOT = pathlib.Path(__file__).parents[1] / "src" / "kernelswap"
 RANK = {name: row for row, names in enumerate(ROWS) for name in names}

@@ -1,0 +1,145 @@
+"""What stands in for a module's forward. Each class takes its state from the module it serves and has none of its own."""
+
+from __future__ import annotations
+
+import torch.nn as nn
+from torch import Tensor
+
+from .functional import act, act_mul, layer_norm, rms_norm, rotary
+
+
+class RMSNorm(nn.Module):
+    """`x / sqrt(mean(x^2) + eps) * w`: Llama's RMSNorm and its like. Reads `weight` (N,), `variance_epsilon` or `eps`."""
+
+    has_backward = True
+    can_torch_compile = True
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """hidden_states (..., N) -> (..., N)."""
+        eps = self.variance_epsilon if hasattr(self, "variance_epsilon") else self.eps
+        return rms_norm(hidden_states, self.weight, eps)
+
+
+class RMSNormZeroCentered(nn.Module):
+    """`x / sqrt(mean(x^2) + eps) * (1 + w)`: Gemma's RMSNorm. Reads `weight` (N,), `eps` or `variance_epsilon`."""
+
+    has_backward = True
+    can_torch_compile = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., N) -> (..., N)."""
+        eps = self.eps if hasattr(self, "eps") else self.variance_epsilon
+        return rms_norm(x, self.weight, eps, True)
+
+
+class LayerNorm(nn.Module):
+    """torch.nn.LayerNorm over the last dimension. Reads `weight`, `bias` (either may be None), `eps`, `normalized_shape`."""
+
+    has_backward = True
+    can_torch_compile = True
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # the name of the original's parameter
+        """input (..., N) -> (..., N)."""
+        if len(self.normalized_shape) != 1:
+            return nn.functional.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+        return layer_norm(input, self.weight, self.bias, self.eps)
+
+
+class SwiGLUMLP(nn.Module):
+    """`down(silu(gate(x)) * up(x))`. Calls `gate_proj`, `up_proj`, `down_proj`, so that whatever replaced them stays in effect."""
+
+    has_backward = True
+    can_torch_compile = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., hidden) -> (..., hidden)."""
+        return self.down_proj(act_mul(self.gate_proj(x), self.up_proj(x), "silu"))
+
+
+class GeGLUMLP(nn.Module):
+    """`down(gelu_tanh(gate(x)) * up(x))`: Gemma's MLP. Calls `gate_proj`, `up_proj`, `down_proj`."""
+
+    has_backward = True
+    can_torch_compile = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., hidden) -> (..., hidden)."""
+        return self.down_proj(act_mul(self.gate_proj(x), self.up_proj(x), "gelu_tanh"))
+
+
+def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
+    """q (B, HQ, T, D), k (B, HK, T, D), cos and sin (B or 1, T, R) -> rotated q and k, in new memory.
+
+    With `unsqueeze_dim` 2, q and k are (B, T, H, D). Dimensions from R on are passed through.
+    """
+    return rotary(q, k, cos, sin, unsqueeze_dim)
+
+
+apply_rotary_pos_emb.has_backward = True
+apply_rotary_pos_emb.can_torch_compile = True
+
+
+class SiLU(nn.Module):
+    """`x * sigmoid(x)`."""
+
+    has_backward = True
+    can_torch_compile = True
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # the name of the original's parameter
+        """input (...) -> (...)."""
+        return act(input, "silu")
+
+
+class GELU(nn.Module):
+    """`x * Phi(x)`."""
+
+    has_backward = True
+    can_torch_compile = True
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # the name of the original's parameter
+        """input (...) -> (...)."""
+        return act(input, "gelu")
+
+
+class GELUTanh(nn.Module):
+    """`x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3)))`, which torch has as one operator."""
+
+    has_backward = True
+    can_torch_compile = True
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # the name of the original's parameter
+        """input (...) -> (...)."""
+        return act(input, "gelu_tanh")
+
+
+class NewGELU(nn.Module):
+    """`GELUTanh`, whose original is spelled out in eight operators."""
+
+    has_backward = True
+    can_torch_compile = True
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # the name of the original's parameter
+        """input (...) -> (...)."""
+        return act(input, "gelu_tanh")
+
+
+class FastGELU(nn.Module):
+    """`GELUTanh` in another order of operations."""
+
+    has_backward = True
+    can_torch_compile = True
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # the name of the original's parameter
+        """input (...) -> (...)."""
+        return act(input, "gelu_tanh")
+
+
+class QuickGELU(nn.Module):
+    """`x * sigmoid(1.702 x)`."""
+
+    has_backward = True
+    can_torch_compile = True
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # the name of the original's parameter
+        """input (...) -> (...)."""
+        return act(input, "gelu_quick")
