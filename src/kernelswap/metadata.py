@@ -300,7 +300,9 @@ class _Reader:
         return None if self.root.get(key) is None else self.string(self.root, key, key, longest=strict.MAX_STRING) or None
 
     def integer(self, mapping: dict[str, Any], key: str, where: str) -> int:
-        value: int | None = self.get(mapping, key, where, "a number", lambda v: isinstance(v, int) and not isinstance(v, bool))
+        value: int | None = self.get(
+            mapping, key, where, "a whole number", lambda v: isinstance(v, int) and not isinstance(v, bool)
+        )
         if value is not None and not 0 <= value < 1 << 31:
             self.problems.append(f"{where}: {quote(value)} is out of range, expected a whole number from 0 on")
         return value or 0
