@@ -8,7 +8,7 @@ import sys
 ROWS = [
     {"_version", "errors"},
     {"types", "strict"},
-    {"spec", "variant", "metadata", "lock", "table", "render", "mode", "policy", "record", "tree", "buildfile"},
+    {"spec", "variant", "metadata", "lock", "table", "render", "mode", "policy", "reads", "record", "tree", "buildfile"},
     {"resolve", "layers"},
     {"backends", "sources", "verifiers", "slots", "toolchain"},
     {"machine", "store", "loader", "sites", "build"},

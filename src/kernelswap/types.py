@@ -260,7 +260,9 @@ class Implementation:
     compiles: bool
     origin: Artifact = field(repr=False)
     reads: tuple[str, ...] = ()
-    """Dotted attributes of `self` that forward touches, as far as its code shows; LoRA and sharding decide by it."""
+    """Attributes of `self` that forward touches, in the notation of `reads.py`: `weight` and `gate_proj.weight` are read as
+    values, `gate_proj()` is only called, `*` is anything. LoRA and sharding decide by it.
+    """
 
     def cannot(self, run: Run) -> str | None:
         """Why this cannot serve `run`, or `None`."""
