@@ -1,0 +1,232 @@
+"""A plan to a handle that can take it back. All or nothing: what fails, fails before the first write or is undone."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol
+
+from . import render
+from .errors import KernelSwapError, PlanConflict, UndoConflict
+from .slots import classes
+from .slots import module as module_slot
+from .slots.state import Part, Slot
+from .types import Kept, Outcome, Prover, Site, Swap
+
+if TYPE_CHECKING:
+    import torch.nn as nn
+
+
+class Installed(Protocol):
+    """Something that was put into a model and can be taken out again."""
+
+    def conflict(self) -> str | None:
+        """Why `restore` would not leave the model as it was, or `None`."""
+        ...
+
+    def restore(self) -> None:
+        """Take it out. Twice is fine."""
+        ...
+
+
+def apply(
+    model: nn.Module,
+    outcomes: Sequence[Outcome],
+    prover: Prover,
+    *,
+    check: str = "first-use",
+    compile: bool = False,  # noqa: A002  # the word that users know
+) -> Applied:
+    """Write a plan into `model`.
+
+    Args:
+        model: the very model that was planned for.
+        outcomes: of `plan`; every `Swap` of kind module or function is installed.
+        prover: compares a kernel with the original, when `check` says.
+        check: `first-use`: the first call of each module in each mode. `sample:N`: that, and every N-th call after it.
+            `always`: every call. `off`: none.
+        compile: the model is going to be compiled without an eager call before. Compiled code never checks, so there
+            the proof on random tensors must do; without this, compiled code holds a kernel once an eager call has
+            proven it.
+
+    Raises:
+        PlanConflict: two swaps for one place, or a module that is swapped already.
+        KernelSwapError: `check` says nothing, or a path does not exist.
+        Whatever a slot raises. In all cases the model is as it was.
+    """
+    every = _every(check)
+    swaps: dict[str, list[tuple[int, Swap]]] = {}
+    for i, outcome in enumerate(outcomes):
+        if isinstance(outcome, Swap) and outcome.site.kind != "attention":
+            swaps.setdefault(outcome.site.path, []).append((i, outcome))
+    modules = {path: _module(model, path) for path in swaps}
+    if len({id(m) for m in modules.values()}) < len(modules):
+        raise PlanConflict("two paths of the plan lead to one module", todo="Plan with the sites that `sites.find` gives.")
+    applied = Applied(tuple(outcomes))
+    try:
+        for path, numbered in swaps.items():
+            slot = module_slot.install(modules[path], [s for _, s in numbered], prover, every=every, compiled=compile)
+            applied.add(_OnModule(slot))
+            applied.follow({i: part for (i, _), part in zip(numbered, slot.parts, strict=True)})
+    except BaseException:
+        applied.undo()
+        raise
+    return applied
+
+
+def _every(check: str) -> int | None:
+    """How often to check: None never, 0 once, n every n-th call."""
+    known = {"first-use": 0, "always": 1, "off": None}
+    if check in known:
+        return known[check]
+    match = re.fullmatch(r"sample:([1-9][0-9]*)", check)
+    if match is None:
+        raise KernelSwapError(f"check={check!r} says nothing", todo="Use 'first-use', 'always', 'sample:100' or 'off'.")
+    return int(match[1])
+
+
+def _module(model: nn.Module, path: str) -> nn.Module:
+    try:
+        return model.get_submodule(path)
+    except AttributeError as e:
+        raise KernelSwapError(f"the model has no module {path}: {e}", todo="Plan for this model again.") from e
+
+
+class _OnModule:
+    def __init__(self, slot: Slot) -> None:
+        self.slot = slot
+
+    def conflict(self) -> str | None:
+        return module_slot.conflict(self.slot)
+
+    def restore(self) -> None:
+        module_slot.restore(self.slot)
+
+
+class Applied:
+    """What was done to one model. `undo()`, or use as a context manager."""
+
+    def __init__(self, outcomes: tuple[Outcome, ...]) -> None:
+        self._planned = outcomes
+        self._parts: dict[int, Part] = {}
+        self._installed: list[Installed] = []
+        self._counted = False
+
+    def add(self, installed: Installed) -> None:
+        """Take over something that is in the model now; `undo` takes it out, last in first."""
+        self._installed.append(installed)
+
+    def follow(self, parts: Mapping[int, Part]) -> None:
+        """The outcome of that number is what has become of it in the model."""
+        self._parts.update(parts)
+
+    # -- what is so ----------------------------------------------------------------------------------------------
+
+    @property
+    def outcomes(self) -> tuple[Outcome, ...]:
+        """One for each site, as of now: a kernel that was refused at its first call is not a swap any more."""
+        return tuple(self._parts[i].now() if i in self._parts else o for i, o in enumerate(self._planned))
+
+    @property
+    def refusals(self) -> tuple[tuple[Site, str], ...]:
+        """Kernels that a real call refused, with the reason; one entry for each mode."""
+        return tuple(
+            (part.site, service.reason)
+            for part in self._parts.values()
+            for service in (part.inference, part.training)
+            if service.standing == "refused"
+        )
+
+    @property
+    def calls(self) -> dict[str, int]:
+        """Calls that a kernel served while `counting()` was open, by module path."""
+        return self._sum("by_kernel")
+
+    @property
+    def calls_of_original(self) -> dict[str, int]:
+        """Calls of swapped sites that the original served all the same: a mode or a call that the kernel cannot serve."""
+        return self._sum("by_original")
+
+    def _sum(self, which: str) -> dict[str, int]:
+        sums: dict[str, int] = {}
+        for part in self._parts.values():
+            sums[part.site.path] = sums.get(part.site.path, 0) + getattr(part, which)
+        return sums
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """Everything as plain JSON values: `outcomes`, `swapped`, `kept`, `refusals`, and `calls` once counted."""
+        now = self.outcomes
+        return {
+            "swapped": sum(isinstance(o, Swap) for o in now),
+            "kept": sum(isinstance(o, Kept) for o in now),
+            "outcomes": render.outcomes_json(now, calls=self.calls if self._counted else None),
+            "refusals": [{"path": site.path, "layer": site.layer, "reason": reason} for site, reason in self.refusals],
+            "calls": self.calls if self._counted else None,
+            "calls_of_original": self.calls_of_original if self._counted else None,
+        }
+
+    def explain(self, *, long: bool = False) -> str:
+        """What serves each site and why; `long`: module by module."""
+        return render.outcomes(self.outcomes, long=long, calls=self.calls if self._counted else None)
+
+    # -- what can be done ----------------------------------------------------------------------------------------
+
+    def undo(self) -> None:
+        """Restore every module, last swap first. Twice is fine, and what has left the model is left alone.
+
+        Raises:
+            UndoConflict: something wrapped a module after the swap; nothing was changed. Undo that first.
+        """
+        conflicts = [why for one in self._installed if (why := one.conflict()) is not None]
+        if conflicts:
+            raise UndoConflict("\n".join(conflicts), todo="Undo what wrapped these first, then this swap.")
+        while self._installed:
+            self._installed[-1].restore()
+            self._installed.pop()
+
+    @contextlib.contextmanager
+    def counting(self) -> Iterator[Applied]:
+        """Count calls while open, into `calls`; starts at zero. Costs a frame a call for as long as it is open."""
+        for part in self._parts.values():
+            part.by_kernel = part.by_original = 0
+        self._counted = True
+        self._count(on=True)
+        try:
+            yield self
+        finally:
+            self._count(on=False)
+
+    def _count(self, *, on: bool) -> None:
+        for slot, module in self._slots():
+            slot.counting = on
+            classes.place(slot, module)
+
+    def refresh(self) -> None:
+        """Look again at what kernels read, after changes that nobody could see, and give every module its right class."""
+        for slot, module in self._slots():
+            slot.conduct.reconsider(slot, module)
+
+    def modules(self) -> Iterator[nn.Module]:
+        """The modules that `undo` would give back."""
+        for _, module in self._slots():
+            yield module
+
+    def _slots(self) -> Iterator[tuple[Slot, nn.Module]]:
+        for one in self._installed:
+            if isinstance(one, _OnModule):
+                module = one.slot.ref() if one.slot.ref is not None else None
+                if module is not None:
+                    yield one.slot, module
+
+    def __enter__(self) -> Applied:  # noqa: PYI034  # typing.Self is 3.11's
+        return self
+
+    def __exit__(self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        self.undo()
+
+    def __repr__(self) -> str:
+        now = self.outcomes
+        return f"<Applied: {sum(isinstance(o, Swap) for o in now)} of {len(now)} sites swapped>"

@@ -1,0 +1,211 @@
+"""The first real call of a kernel, beside the model's own run: which one answers, and what is remembered of it.
+
+Where gradients may be wanted, the check runs aside and the call is answered by the implementation that will serve from
+now on, run once more in the open: what autograd and gradient checkpointing record is then exactly what every later call,
+and the recomputation of this one, records. Elsewhere the check's own output is the answer.
+
+Nothing is compared, and the original serves, where there are no numbers to compare: under torch.func transforms, with
+fake or meta tensors, while a CUDA graph is captured. The verdict stays open.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from ..types import Implementation, Run, Verdict
+from . import classes, forwards, rebuild
+from .state import Part, Place, Slot
+
+if TYPE_CHECKING:
+    import torch.nn as nn
+
+Function = Callable[..., Any]
+
+
+class Conduct:
+    """How swapped modules behave; `obstacle(module, reads)` says why a kernel that reads these must step aside."""
+
+    def __init__(self, obstacle: Callable[[nn.Module, Iterable[str]], str | None]) -> None:
+        self.obstacle = obstacle
+
+    def first_call(self, slot: Slot, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Serve one call of a module that has a kernel with an open verdict, or whose calls are watched or counted."""
+        part, original = slot.module_part, slot.base.forward
+        if part is not None and part.serving(training=module.training) is not None:
+            return self._serve(slot, part, module, original, (module, *args), kwargs, lambda: classes.unchecked(slot, module))
+        names = {
+            one.site.name: self._stand_in(slot, one, module)
+            for one in slot.function_parts
+            if one.serving(training=module.training) is not None
+        }
+        return (rebuild.rebuilt(original, names) if names else original)(module, *args, **kwargs)
+
+    def moved(self, slot: Slot, module: nn.Module, place: Place) -> None:
+        """Verdicts hold for a dtype and a device: ask for them again. A kernel chosen for another type of device rests."""
+        slot.place = place
+        kind = place[0].partition(":")[0]
+        for part in slot.parts:
+            chosen_for = part.site.device.partition(":")[0]
+            part.away.pop("moved", None)
+            if kind != chosen_for:
+                part.away["moved"] = f"was chosen for {chosen_for}, and the module has moved to {kind} since; swap again"
+            for service in (part.inference, part.training):
+                if slot.every is not None:
+                    service.reopen()
+        classes.place(slot, module)
+
+    def reconsider(self, slot: Slot, module: nn.Module) -> None:
+        """What a kernel reads may be wrapped by now, or unwrapped again."""
+        for part in slot.parts:
+            kernels = [service.kernel for service in (part.inference, part.training) if service.kernel is not None]
+            why = self.obstacle(module, [read for kernel in kernels for read in kernel.reads])
+            part.away.pop("bypass", None)
+            if why is not None:
+                part.away["bypass"] = why
+        classes.place(slot, module)
+
+    def _stand_in(self, slot: Slot, part: Part, module: nn.Module) -> Function:
+        """What one call of the module's forward finds instead of the function."""
+        original = rebuild.found(slot.base.forward, part.site.name)
+        training = module.training
+
+        def settled() -> Function:
+            kernel = part.serving(training=training)
+            return original if kernel is None else forwards.guarded_function(forwards.Kernel.of(kernel), original)
+
+        def function(*args: Any, **kwargs: Any) -> Any:
+            return self._serve(slot, part, module, original, args, kwargs, settled)
+
+        return function
+
+    def _serve(
+        self,
+        slot: Slot,
+        part: Part,
+        module: nn.Module,
+        original: Function,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        settled: Callable[[], Function],
+    ) -> Any:
+        """`args` include the module where the site is one."""
+        output = _UNANSWERED
+        if part.due(slot.every, training=module.training):
+            output = self._check(slot, part, module, original, args, kwargs)
+        part.calls += 1
+        if output is not _UNANSWERED:
+            return output
+        served = settled()
+        if slot.counting and part.site.kind == "function":  # a module's forward counts itself
+            part.count(by_kernel=served is not original)
+        return served(*args, **kwargs)
+
+    def _check(
+        self, slot: Slot, part: Part, module: nn.Module, original: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """The output, or `_UNANSWERED`: whatever serves from now on is to answer."""
+        gradients = forwards.wants_gradients((*args, kwargs))
+        with slot.lock:  # a second thread waits here, and finds the verdict
+            service = part.service(training=module.training)
+            kernel = part.serving(training=module.training)
+            if kernel is None or not part.due(slot.every, training=module.training):
+                return _UNANSWERED
+            # busy: the check, or a forward that calls itself, came back to the module
+            if slot.busy or _nothing_to_compare((args, kwargs)) or (gradients and not kernel.backward):
+                part.count(by_kernel=False)
+                return original(*args, **kwargs)
+            slot.busy = True
+            try:
+                output, verdict = self._verdict(slot, part, module, original, kernel, args, kwargs, gradients=gradients)
+            finally:
+                slot.busy = False
+            service.settle(verdict)
+            source = slot.ref() if slot.ref is not None else None  # the module may be a replica of it
+            for one in (module, source):
+                if one is not None:
+                    classes.place(slot, one)
+        if output is not _UNANSWERED and slot.counting:
+            part.count(by_kernel=verdict.accepted)
+        return output
+
+    def _verdict(
+        self,
+        slot: Slot,
+        part: Part,
+        module: nn.Module,
+        original: Function,
+        kernel: Implementation,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        gradients: bool,
+    ) -> tuple[Any, Verdict]:
+        run = Run(training=module.training or gradients, compiled=slot.compiled)
+        given = args[1:] if part.site.kind == "module" else args
+        in_the_open = gradients or module.training or bool(_modes())
+        try:
+            with _aside(slot.place[0]):
+                output, verdict = slot.prover.first_call(part.site, module, original, kernel, run, given, kwargs)
+        except Exception as e:  # noqa: BLE001  # a kernel, or a check, may raise anything; the reason is kept below
+            answer = original(*args, **kwargs)  # raises in turn what the caller did wrong, and then nothing is decided
+            return answer, Verdict(accepted=False, reason=f"raised {type(e).__name__} while being checked: {e}")
+        return (_UNANSWERED if in_the_open else output), verdict
+
+
+_UNANSWERED = object()
+_WITHOUT_NUMBERS = {"FakeTensorMode", "ProxyTorchDispatchMode", "FunctionalTensorMode"}
+
+
+def _modes() -> list[Any]:
+    """Dispatch modes that look on: selective checkpointing, a FLOP counter, ..."""
+    from torch.utils import _python_dispatch
+
+    return list(_python_dispatch._get_current_dispatch_mode_stack())  # noqa: SLF001  # there is no public way to ask
+
+
+def _nothing_to_compare(values: Any) -> bool:
+    """Whether the tensors have no numbers, or the check could not read them here."""
+    import torch
+
+    if torch._C._functorch.peek_interpreter_stack() is not None:  # noqa: SLF001  # inside grad, vmap, jvp, ...
+        return True
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]  # torch's own
+        return True
+    if any(type(mode).__name__ in _WITHOUT_NUMBERS for mode in _modes()):
+        return True
+    return any(t.is_meta or type(t).__name__ in {"FakeTensor", "FunctionalTensor"} for t in _tensors(values, torch.Tensor))
+
+
+def _tensors(value: Any, kind: type[Any]) -> Iterator[Any]:
+    if isinstance(value, kind):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for one in value:
+            yield from _tensors(one, kind)
+    elif isinstance(value, dict):
+        for one in value.values():
+            yield from _tensors(one, kind)
+
+
+@contextlib.contextmanager
+def _aside(device: str) -> Iterator[None]:
+    """Out of sight of gradient checkpointing and dispatch modes, and without a trace in the random number generators."""
+    import torch
+    from torch.utils import _python_dispatch
+
+    kind, _, index = device.partition(":")
+    accelerated = kind not in {"cpu", "meta"} and hasattr(torch, kind)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(
+            torch.random.fork_rng([int(index or 0)], device_type=kind) if accelerated else torch.random.fork_rng([])
+        )
+        if _modes():
+            stack.enter_context(_python_dispatch._disable_current_modes())  # noqa: SLF001  # as torch's own checkers do
+        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_same, _same))
+        yield
+
+
+def _same(tensor: Any) -> Any:
+    return tensor

@@ -1,0 +1,179 @@
+"""The forwards that classes of ours carry. With a proven kernel and nothing to guard, that is the kernel's own function.
+
+A frame of ours remains only around a kernel whose verdict is open, that cannot do what a call may ask of it (backward,
+compilation), or whose calls are counted. Under torch.compile, torch.export and torch.jit.trace a frame of ours is a plain
+choice between two functions, made while tracing: it never breaks a graph.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from . import rebuild, state
+
+if TYPE_CHECKING:
+    from ..types import Implementation
+
+MARK = "__kernelswap_frame__"
+Forward = Callable[..., Any]
+
+
+class Kernel(NamedTuple):
+    """As much of an Implementation as a class depends on."""
+
+    forward: Forward
+    backward: bool
+    compiles: bool
+
+    @staticmethod
+    def of(implementation: Implementation) -> Kernel:
+        """The same kernel, hashed by identity of its function."""
+        return Kernel(implementation.forward, implementation.backward, implementation.compiles)
+
+
+class Form(NamedTuple):
+    """Everything that the class of a swapped module depends on."""
+
+    base: type[Any]
+    kernel: Kernel | None = None
+    functions: tuple[tuple[str, Kernel], ...] = ()
+    checking: bool = False
+    """A frame of ours sits before the kernel: its verdict is open, or every n-th call is checked."""
+    traced: bool = False
+    """While checking: compiled code may hold the kernel."""
+    counting: bool = False
+    watched: frozenset[str] = frozenset()
+    """Submodules that a kernel reads into."""
+
+
+def make(form: Form) -> Forward | None:
+    """The forward for a class; `None`: the inherited one."""
+    original: Forward = form.base.forward
+    if form.kernel is not None:
+        served = guarded(form.kernel, original, counting=form.counting)
+        return checking(original, served if form.traced else original) if form.checking else served
+    if form.functions:
+        names = {name: guarded_function(kernel, rebuild.found(original, name)) for name, kernel in form.functions}
+        served = rebuild.rebuilt(original, names)
+        setattr(served, MARK, True)
+        return checking(original, served if form.traced else original) if form.checking or form.counting else served
+    return _counted(original, original, by_kernel=False) if form.counting else None
+
+
+def checking(original: Forward, traced: Forward) -> Forward:
+    """Each call is the slot's to decide; under tracing, where nothing can be compared, `traced` serves."""
+    tracing = _tracing()
+
+    @functools.wraps(original)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if tracing():
+            return traced(self, *args, **kwargs)
+        slot = state.find(self)
+        return original(self, *args, **kwargs) if slot is None else slot.conduct.first_call(slot, self, args, kwargs)
+
+    return _marked(forward)
+
+
+def guarded(kernel: Kernel, original: Forward, *, counting: bool = False) -> Forward:
+    """The kernel's forward, with only as much before it as it needs."""
+    served: Forward = kernel.forward if hasattr(kernel.forward, "__get__") else _bindable(kernel.forward, original)
+    if counting:
+        served, original = _counted(served, original, by_kernel=True), _counted(original, original, by_kernel=False)
+    if kernel.backward and kernel.compiles:
+        return served
+    cannot = _cannot(kernel)
+
+    @functools.wraps(original)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if cannot((self, args, kwargs)):
+            return original(self, *args, **kwargs)
+        return served(self, *args, **kwargs)
+
+    return _marked(forward)
+
+
+def guarded_function(kernel: Kernel, original: Forward) -> Forward:
+    """The same for a function, which has no self."""
+    if kernel.backward and kernel.compiles:
+        return kernel.forward
+    cannot, served = _cannot(kernel), kernel.forward
+
+    @functools.wraps(original)
+    def function(*args: Any, **kwargs: Any) -> Any:
+        if cannot((args, kwargs)):
+            return original(*args, **kwargs)
+        return served(*args, **kwargs)
+
+    return _marked(function)
+
+
+def _cannot(kernel: Kernel) -> Callable[[tuple[Any, ...]], bool]:
+    tracing = _tracing()
+    if kernel.backward:
+        return lambda _: tracing()
+    if kernel.compiles:
+        return wants_gradients
+    return lambda values: tracing() or wants_gradients(values)
+
+
+def wants_gradients(values: Iterable[Any]) -> bool:
+    """Whether a backward could follow from a call with these arguments, a module's parameters included."""
+    import torch
+
+    return torch.is_grad_enabled() and _any_requires_grad(values, torch.Tensor, torch.nn.Module)
+
+
+def _any_requires_grad(values: Iterable[Any], tensor: type[Any], module: type[Any]) -> bool:
+    for value in values:
+        if isinstance(value, tensor):
+            if value.requires_grad:
+                return True
+        elif isinstance(value, module):
+            if any(p.requires_grad for p in value.parameters()):
+                return True
+        elif isinstance(value, (list, tuple)):
+            if _any_requires_grad(value, tensor, module):
+                return True
+        elif isinstance(value, dict) and _any_requires_grad(value.values(), tensor, module):
+            return True
+    return False
+
+
+def _tracing() -> Callable[[], bool]:
+    import torch
+
+    is_compiling, is_tracing = torch.compiler.is_compiling, torch.jit.is_tracing  # type: ignore[attr-defined]  # public, not in __all__
+    return lambda: is_compiling() or bool(is_tracing())  # type: ignore[no-untyped-call]  # torch leaves it untyped
+
+
+def _counted(function: Forward, named: Forward, *, by_kernel: bool) -> Forward:
+    """Counts eager calls; what runs inside compiled code is not seen."""
+    tracing = _tracing()
+
+    @functools.wraps(named)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not tracing():
+            slot = state.find(self)
+            part = slot.module_part if slot is not None else None
+            if part is not None:
+                part.count(by_kernel=by_kernel)
+        return function(self, *args, **kwargs)
+
+    return _marked(forward)
+
+
+def _bindable(function: Forward, named: Forward) -> Forward:
+    """A builtin or a callable object does not become a method by itself."""
+
+    @functools.wraps(named)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return function(self, *args, **kwargs)
+
+    return _marked(forward)
+
+
+def _marked(function: Forward) -> Forward:
+    setattr(function, MARK, True)
+    return function
