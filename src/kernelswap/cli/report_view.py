@@ -50,10 +50,11 @@ def _measured(report: Report, rows: list[Measured], phases: list[str]) -> Table:
     for phase in phases:
         table.add_column(f"{phase}\nms", justify="right", no_wrap=True)
         table.add_column("", justify="right", no_wrap=True)
+    cells: list[Text | str]
     for row in rows:
         layer, _, width = row.kind.key
         served = (row.kind.serves, "green") if row.kind.swapped else (f"the original: {row.loses}", "yellow")
-        cells: list[Text | str] = [
+        cells = [
             Text.assemble(" ".join(filter(None, (layer, width))), (f" x{len(row.kind.sites)}", "dim"), "\n", served),
             "original\nkernel",
             f"{_error(row.error('original'))}\n{_error(row.error('kernel'))}",
@@ -94,8 +95,8 @@ def _kept(report: Report, rows: list[Measured]) -> Table:
         name = Text.assemble(" ".join(filter(None, (layer, width))), (f" ({target})", "dim"))
         reason = row.kind.reason or f"served by {row.kind.serves}, not met in this run"
         table.add_row(name, str(len(row.kind.sites)), reason)
-    for name, count in report.unclaimed:
-        table.add_row(name, str(count), Text("no row of the table names it", style="dim"))
+    for cls, count in report.unclaimed:
+        table.add_row(cls, str(count), Text("no row of the table names it", style="dim"))
     return table
 
 

@@ -1,0 +1,91 @@
+"""`kernelswap doctor`: what this machine has, and which kernels would load here."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .. import exits, session
+from ..output import Answer, progress
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+PANEL = "This machine"
+
+
+def command(
+    seconds: Annotated[float, typer.Option("--seconds", help="How long to wait for the hub.", min=0.1, metavar="S")] = 5.0,
+    cache: session.Cache = None,
+    offline: session.Offline = False,
+    as_json: bool = False,
+) -> Answer:
+    """Say what this machine has, and for every kernel of the default table whether it would load here, and why not.
+
+    Backend, driver, versions, compiler, caches, the hub. Loads nothing and compiles nothing. Exit code 1: no bundled
+    kernel can run here, neither as it is nor compiled.
+    """
+    with progress(quiet=as_json) as report:
+        report("looking at this machine", 0, 0)
+        found = _look(seconds, cache, offline=offline)
+        report("looking at this machine", 1, 1)
+    able = any(line["ok"] is not False for line in found["kernels"] if line["name"].startswith("kernelswap/"))
+
+    def text(out: Console) -> None:
+        _show(found, out)
+
+    return Answer(found, text, exits.OK if able else exits.NO)
+
+
+def _look(seconds: float, cache: Any, *, offline: bool) -> dict[str, Any]:
+    from ... import build, machine, render, table
+    from ...sources.environment import Environment
+    from .. import health
+
+    environment = Environment.read(os.environ)
+    offline = offline or environment.offline
+    here = machine.look()
+    swapper = session.swapper(cache=cache, offline=offline)
+    hub = health.hub(environment.endpoint, offline=offline, seconds=seconds)
+    down = hub.value if hub.ok is False else None
+    sections: dict[str, list[health.Line]] = {
+        "versions": health.versions(),
+        "tools": [
+            health.driver(here),
+            health.compiler(build.compiler()),
+            health.directory("kernels", cache or environment.cache),
+            health.directory("hub cache", environment.hub_cache),
+            hub,
+        ],
+        "environment": health.variables(os.environ),
+        "kernels": health.kernels(table.default(), here, swapper.find, table.misfit, hub_down=down, seconds=4 * seconds),
+    }
+    plain = {name: [dataclasses.asdict(line) for line in lines] for name, lines in sections.items()}
+    return {"machine": render.machine_json(here), "machine_text": render.machine(here), **plain}
+
+
+def _show(found: dict[str, Any], out: Console) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    def heading(text: str) -> None:
+        out.print(Text(text, style="bold"))
+
+    heading("machine")
+    out.print(found["machine_text"], markup=False, soft_wrap=True)
+    for name in ("versions", "tools", "environment", "kernels"):
+        if not found[name]:
+            continue
+        out.print()
+        heading(name)
+        grid = Table.grid(padding=(0, 1, 0, 0))
+        grid.add_column(no_wrap=True)
+        grid.add_column(no_wrap=True)
+        grid.add_column(overflow="fold")
+        for line in found[name]:
+            mark = {True: ("ok", "green"), False: ("no", "red"), None: ("", "")}[line["ok"]]
+            grid.add_row(Text(*mark), line["name"], Text(line["value"], style="dim" if line["value"] == "not installed" else ""))
+        out.print(grid)
