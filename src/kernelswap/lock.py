@@ -155,12 +155,12 @@ def diff(old: Lock, new: Lock) -> list[str]:
     before, after = {e.asked: e for e in old.entries}, {e.asked: e for e in new.entries}
     lines: list[str] = []
     for asked in sorted({*before, *after}):
-        a, b = before.get(asked), after.get(asked)
-        if a is None and b is not None:
-            lines.append(f"{asked}: added at {b.commit[:12]}")
-        elif b is None and a is not None:
-            lines.append(f"{asked}: removed, was at {a.commit[:12]}")
-        elif a is not None and b is not None:
+        if asked not in before:
+            lines.append(f"{asked}: added at {after[asked].commit[:12]}")
+        elif asked not in after:
+            lines.append(f"{asked}: removed, was at {before[asked].commit[:12]}")
+        else:
+            a, b = before[asked], after[asked]
             if a.commit != b.commit:
                 lines.append(f"{asked}: {a.commit[:12]} -> {b.commit[:12]}")
             lines += _build_lines(asked, a, b)

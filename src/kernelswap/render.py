@@ -161,8 +161,10 @@ def outcomes(rows: Iterable[Outcome], *, long: bool = False, calls: Mapping[str,
         groups.setdefault(_group(row), []).append(row)
     table = [("count", "layer", "original", "served by", "why")]
     for (layer, target, by, why), members in groups.items():
-        counted = sum(calls.get(m.site.path, 0) for m in members) if calls is not None else None
-        table.append((str(len(members)), layer, target, by, why + (f"; {counted} calls" if counted is not None else "")))
+        more = [_worst(members)] if isinstance(members[0], Swap) else []
+        if calls is not None and isinstance(members[0], Swap):
+            more.append(f"{sum(calls.get(m.site.path, 0) for m in members)} calls")
+        table.append((str(len(members)), layer, target, by, "; ".join(filter(None, (why, *more)))))
     swapped = sum(isinstance(row, Swap) for row in rows)
     return "\n".join([*_table(table), f"{swapped} of {len(rows)} swapped"])
 
@@ -180,6 +182,13 @@ def _group(row: Outcome) -> tuple[str, str, str, str]:
     by = {side: _by(choice) for side, choice in sides.items()}
     why = {side: _why(choice) for side, choice in sides.items()}
     return row.site.layer, target, _both(by), _both(why)
+
+
+def _worst(members: Iterable[Outcome]) -> str:
+    """The largest errors of a group: the numbers differ from module to module, the finding does not."""
+    verdicts = [c.verdict for m in members if isinstance(m, Swap) for c in (m.inference, m.training) if c.verdict is not None]
+    pairs = [(v.error_kernel, v.error_original) for v in verdicts if v.error_kernel is not None and v.error_original is not None]
+    return f"error {max(k for k, _ in pairs):.1e}, original {max(o for _, o in pairs):.1e}" if pairs else ""
 
 
 def _both(texts: Mapping[str, str]) -> str:
@@ -204,7 +213,7 @@ def _implementation(a: Artifact, layer: str) -> str:
 def _why(choice: Choice) -> str:
     if choice.implementation is None:
         return "; ".join(dict.fromkeys(f"{spec}: {why}" for spec, why in choice.passed)) or "nothing is registered for it"
-    return choice.verdict.reason if choice.verdict is not None else "not checked"
+    return _finding(choice.verdict) if choice.verdict is not None else "not checked"
 
 
 def _block(row: Outcome, calls: Mapping[str, int] | None) -> str:
@@ -302,8 +311,13 @@ def _finite(value: float | None) -> float | str | None:
     return value if value is None or abs(value) < float("inf") else str(value)
 
 
+def _finding(v: Verdict) -> str:
+    """The reason, without the numbers where they are shown apart: `as accurate as the original: error ...`."""
+    return v.reason.partition(":")[0] if v.accepted and v.error_kernel is not None else v.reason
+
+
 def _verdict(v: Verdict) -> str:
-    parts = [v.reason]
+    parts = [_finding(v)]
     if v.error_original is not None and v.error_kernel is not None:
         parts.append(f"error {v.error_kernel:.1e}, original {v.error_original:.1e}")
     if v.seconds_original is not None and v.seconds_kernel is not None:

@@ -30,7 +30,7 @@ from .types import Machine, Mode, Row, SiteKind, Use
 
 if sys.version_info >= (3, 11):
     import tomllib
-else:
+else:  # pragma: no cover  # Python 3.10
     import tomli as tomllib
 
 _ROW_KEYS = ("layer", "kind", "targets", "needs", "probe", "note", "off", "use")
