@@ -12,7 +12,7 @@ ROWS = [
     {"resolve", "layers"},
     {"backends", "sources", "verifiers", "slots", "toolchain"},
     {"machine", "store", "loader", "sites", "build"},
-    {"plan", "apply", "proof"},
+    {"plan", "apply", "proof", "background"},
     {"api"},
     {"adapters", "compat", "bench", "serve"},
     {"cli"},
