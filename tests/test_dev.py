@@ -1,0 +1,104 @@
+"""The two commands: what they install is pinned, and what is up to date is left alone."""
+
+import importlib.util
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from packaging.markers import default_environment
+from packaging.requirements import Requirement
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@pytest.fixture
+def dev():
+    spec = importlib.util.spec_from_file_location("dev", ROOT / "dev.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def pins():
+    lines = (ROOT / "requirements" / "constraints.txt").read_text().splitlines()
+    return [Requirement(line) for line in lines if line and not line.startswith("#")]
+
+
+def test_every_constraint_is_one_exact_version():
+    for pin in pins():
+        assert [s.operator for s in pin.specifier] == ["=="], pin
+
+
+@pytest.mark.parametrize("python", ["3.10", "3.11", "3.14"])
+def test_every_dependency_is_pinned_for_every_python_and_inside_its_bounds(python):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    asked = [*project["project"]["dependencies"], *project["dependency-groups"]["dev"]]
+    asked += [
+        r for group in project["project"]["optional-dependencies"].values() for r in group if not r.startswith("kernelswap")
+    ]
+    where = {**default_environment(), "python_version": python, "python_full_version": f"{python}.0"}
+    pinned = {p.name.lower().replace("_", "-"): p for p in pins() if p.marker is None or p.marker.evaluate(where)}
+    for text in asked:
+        wanted = Requirement(text)
+        if wanted.marker is not None and not wanted.marker.evaluate(where):
+            continue
+        pin = pinned[wanted.name.lower().replace("_", "-")]
+        version = next(iter(pin.specifier)).version
+        assert wanted.specifier.contains(version), f"{text} against {pin}"
+
+
+def test_torch_and_pip_are_those_of_the_constraints(dev):
+    versions = {p.name: next(iter(p.specifier)).version for p in pins()}
+    assert (versions["torch"], versions["pip"]) == (dev.TORCH, dev.PIP)
+
+
+def test_without_an_nvidia_chip_a_cpu_build_of_torch_satisfies(dev, monkeypatch):
+    monkeypatch.setattr(dev, "accelerator", lambda: None)
+    assert Requirement(dev.torch_requirement()).specifier.contains(f"{dev.TORCH}+cpu")
+    monkeypatch.setattr(dev, "accelerator", lambda: "cuda")
+    assert not Requirement(dev.torch_requirement()).specifier.contains(f"{dev.TORCH}+cpu")
+    assert Requirement(dev.torch_requirement()).specifier.contains(dev.TORCH)
+
+
+def test_an_environment_that_is_up_to_date_is_not_touched(dev, tmp_path, monkeypatch):
+    monkeypatch.setattr(dev, "STAMP", tmp_path / "stamp")
+    monkeypatch.setattr(dev, "works", lambda: True)
+    commands = []
+    monkeypatch.setattr(dev, "must", lambda *command, doing: commands.append(doing))
+    dev.setup()
+    assert len(commands) == 3
+    dev.setup()
+    assert len(commands) == 3
+    monkeypatch.setattr(dev, "TORCH", "9.9")
+    dev.setup()
+    assert len(commands) == 6
+
+
+def test_a_failed_installation_leaves_no_stamp(dev, tmp_path, monkeypatch):
+    monkeypatch.setattr(dev, "STAMP", tmp_path / "stamp")
+    monkeypatch.setattr(dev, "works", lambda: True)
+    monkeypatch.setattr(dev, "call", lambda *_, **__: 7)
+    with pytest.raises(SystemExit) as e:
+        dev.setup()
+    assert e.value.code == 7
+    assert not (tmp_path / "stamp").exists()
+
+
+def test_without_a_verb_it_says_how_to_use_it():
+    done = subprocess.run([sys.executable, ROOT / "dev.py"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "python3 dev.py demo" in done.stdout
+
+
+def test_ci_runs_what_the_readme_says():
+    run = (ROOT / ".ci" / "run").read_text()
+    readme = (ROOT / "README.md").read_text()
+    for command in ("python3 dev.py test", "python3 dev.py demo"):
+        assert command in run
+        assert command in readme
