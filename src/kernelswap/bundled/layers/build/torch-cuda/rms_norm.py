@@ -193,7 +193,7 @@ def _run_backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float, offset: int
     found = _backwards.get(key)
     if found is None:
         block = triton.next_power_of_2(n)
-        tile = 4 if block <= 1024 else 1
+        tile = max(1, 4096 // block) if block <= 1024 else 1
         warps = 8 if block >= 8192 else 4
         launch = bind(
             _backward, (dy, extra, x, weight, dx, partial, 17, 17, 1e-6), device=device, num_warps=warps,

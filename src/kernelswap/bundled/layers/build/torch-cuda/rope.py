@@ -3,12 +3,13 @@
     out[:, :d/2] = x1 * cos1 - x2 * sin1        out[:, d/2:] = x2 * cos2 + x1 * sin2        (half-split)
 
 Source: Su et al. 2021, arXiv:2104.09864, in the half-split form of GPT-NeoX that Transformers uses; q/k norm: Qwen3.
-Backward is the same rotation with -sin. Bytes: q, k read once and written once, cos and sin once per token.
+Backward is the same rotation with -sin, then the norm's. Bytes: q, k read once and written once, cos and sin once per token.
 Layout: tokens by heads by d, with any strides over batch, sequence and head; d contiguous.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,42 +18,53 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import bind, current_device, current_stream
+from .rms_norm import _run_backward as _norm_backward
+from .rms_norm import formula as _norm_formula
 
 
-@triton.jit(do_not_specialize=["S", "tokens", "eps"])
+@triton.jit(do_not_specialize=["S", "eps"])
 def _forward(
-    Q, K, COS, SIN, QO, KO, QW, KW, tokens, S, sqb, sqs, sqh, skb, sks, skh, oqb, oqs, oqh, okb, oks, okh, scb, scs, eps,
-    HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, HALF: tl.constexpr,
+    Q, K, COS, SIN, QO, KO, QW, KW, S, eps, sqb, sqs, sqh, skb, sks, skh, oqb, oqs, oqh, okb, oks, okh, scb, scs,
+    HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, HB: tl.constexpr, HALF: tl.constexpr,
     NORM: tl.constexpr, INVERSE: tl.constexpr,
 ):  # fmt: skip
-    """One token a program: every q head, then every k head."""
-    token = tl.program_id(0)
+    """HB heads of one token a program: the q heads of a token first, then its k heads."""
+    GQ: tl.constexpr = (HQ + HB - 1) // HB
+    GK: tl.constexpr = (HK + HB - 1) // HB
+    token = tl.program_id(0) // (GQ + GK)
+    group = tl.program_id(0) % (GQ + GK)
     b = (token // S).to(tl.int64)
     s = (token % S).to(tl.int64)
-    i = tl.arange(0, HALF)
-    m = i < D // 2
-    c1 = tl.load(COS + b * scb + s * scs + i, mask=m, other=0.0).to(tl.float32)
-    s1 = tl.load(SIN + b * scb + s * scs + i, mask=m, other=0.0).to(tl.float32)
-    c2 = tl.load(COS + b * scb + s * scs + D // 2 + i, mask=m, other=0.0).to(tl.float32)
-    s2 = tl.load(SIN + b * scb + s * scs + D // 2 + i, mask=m, other=0.0).to(tl.float32)
-    _rotate(Q, QO, QW, b * sqb + s * sqs, sqh, b * oqb + s * oqs, oqh, i, m, c1, s1, c2, s2, eps, HQ, BQ, D, NORM, INVERSE)
-    _rotate(K, KO, KW, b * skb + s * sks, skh, b * okb + s * oks, okh, i, m, c1, s1, c2, s2, eps, HK, BK, D, NORM, INVERSE)
+    c = b * scb + s * scs
+    if group < GQ:
+        _rotate(Q, QO, QW, COS, SIN, b * sqb + s * sqs, sqh, b * oqb + s * oqs, oqh, c, group * HB, eps, HQ, D, HB, HALF, NORM, INVERSE)
+    else:
+        _rotate(
+            K, KO, KW, COS, SIN, b * skb + s * sks, skh, b * okb + s * oks, okh, c, (group - GQ) * HB, eps,
+            HK, D, HB, HALF, NORM, INVERSE,
+        )  # fmt: skip
 
 
 @triton.jit
 def _rotate(
-    X, O, W, base, sh, obase, oh, i, m, c1, s1, c2, s2, eps,
-    H: tl.constexpr, BH: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr, INVERSE: tl.constexpr,
+    X, O, W, COS, SIN, base, sh, obase, oh, c, h0, eps,
+    H: tl.constexpr, D: tl.constexpr, HB: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr, INVERSE: tl.constexpr,
 ):  # fmt: skip
-    h = tl.arange(0, BH)
+    h = h0 + tl.arange(0, HB)
+    i = tl.arange(0, HALF)
+    m = i < D // 2
     inside = (h < H)[:, None] & m[None, :]
-    at = base + h[:, None] * sh + i[None, :]
-    x1 = tl.load(X + at, mask=inside, other=0.0).to(tl.float32)
-    x2 = tl.load(X + at + D // 2, mask=inside, other=0.0).to(tl.float32)
+    at = base + h[:, None].to(tl.int64) * sh + i[None, :]
+    x1 = tl.load(X + at, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    x2 = tl.load(X + at + D // 2, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    c1 = tl.load(COS + c + i, mask=m, other=0.0).to(tl.float32)
+    s1 = tl.load(SIN + c + i, mask=m, other=0.0).to(tl.float32)
+    c2 = tl.load(COS + c + D // 2 + i, mask=m, other=0.0).to(tl.float32)
+    s2 = tl.load(SIN + c + D // 2 + i, mask=m, other=0.0).to(tl.float32)
     if NORM:
         w1 = tl.load(W + i, mask=m, other=0.0).to(tl.float32)
         w2 = tl.load(W + D // 2 + i, mask=m, other=0.0).to(tl.float32)
-        rstd = 1.0 / tl.sqrt_rn((tl.sum(x1 * x1, axis=1) + tl.sum(x2 * x2, axis=1)) / D + eps)
+        rstd = 1.0 / tl.sqrt_rn(tl.sum(x1 * x1 + x2 * x2, axis=1) / D + eps)
         dt = X.dtype.element_ty
         x1 = ((x1 * rstd[:, None]).to(dt).to(tl.float32) * w1[None, :]).to(dt).to(tl.float32)
         x2 = ((x2 * rstd[:, None]).to(dt).to(tl.float32) * w2[None, :]).to(dt).to(tl.float32)
@@ -62,13 +74,17 @@ def _rotate(
     else:
         y1 = x1 * c1[None, :] - x2 * s1[None, :]
         y2 = x2 * c2[None, :] + x1 * s2[None, :]
-    to = obase + h[:, None] * oh + i[None, :]
-    tl.store(O + to, y1, mask=inside)
-    tl.store(O + to + D // 2, y2, mask=inside)
+    to = obase + h[:, None].to(tl.int64) * oh + i[None, :]
+    tl.store(O + to, y1, mask=inside, cache_modifier=".cs")
+    tl.store(O + to + D // 2, y2, mask=inside, cache_modifier=".cs")
 
+
+# -- host side ----------------------------------------------------------------------------------------------------
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _bound: dict[tuple[Any, ...], Any] = {}
+_shapes: dict[tuple[Any, ...], Callable[..., tuple[Tensor, Tensor]]] = {}
+MAX_SHAPES = 4096  # one entry per (q, k, cos) layout ever seen; forgotten all at once, and found again at the next call
 
 
 def _half(x: Tensor) -> Tensor:
@@ -81,75 +97,120 @@ def formula(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int =
     return q * cos + _half(q) * sin, k * cos + _half(k) * sin
 
 
+def takes(q: Tensor, k: Tensor, cos: Tensor, unsqueeze_dim: int) -> bool:
+    """The kernel can take these; everything else goes through the formula."""
+    return (
+        type(q) in _PLAIN
+        and type(k) in _PLAIN
+        and q.is_cuda
+        and q.dim() == 4
+        and cos.dim() == 3
+        and cos.shape[-1] == q.shape[-1]
+        and q.dtype is k.dtype
+        and cos.dtype is q.dtype
+        and not q.shape[-1] & 15
+        and unsqueeze_dim in (1, 2)
+        and q.numel() > 0
+    )
+
+
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
     """Rotate q (B, HQ, S, D) and k (B, HK, S, D) by cos, sin (B or 1, S, D); `unsqueeze_dim` 2: (B, S, H, D).
 
     Any strides with D contiguous; the outputs have the inputs' layout. Inputs are not written.
     """
-    if (
-        torch.compiler.is_compiling()
-        or type(q) not in _PLAIN
-        or type(k) not in _PLAIN
-        or not q.is_cuda
-        or q.dim() != 4
-        or cos.dim() != 3
-        or cos.shape[-1] != q.shape[-1]
-        or q.dtype is not k.dtype
-        or cos.dtype is not q.dtype
-        or q.shape[-1] & 15
-        or q.shape[1] > 256
-        or q.numel() == 0
-        or unsqueeze_dim not in (1, 2)
-    ):
+    if torch.compiler.is_compiling() or not takes(q, k, cos, unsqueeze_dim):
         return formula(q, k, cos, sin, unsqueeze_dim)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
         return _Rope.apply(q, k, cos, sin, unsqueeze_dim)  # type: ignore[no-any-return]  # autograd.Function is untyped
-    return _run(q, k, cos, sin, unsqueeze_dim, 0)
+    return _run(q, k, cos, sin, unsqueeze_dim, None, None, 0.0, 0)
 
 
-def _run(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int, inverse: int) -> tuple[Tensor, Tensor]:
+def norm_rope(
+    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float, unsqueeze_dim: int = 1
+) -> tuple[Tensor, Tensor]:
+    """RMSNorm of every head of q and k (weights (D,)), then `rope`: Qwen3's attention between projection and scores."""
+    if torch.compiler.is_compiling() or not takes(q, k, cos, unsqueeze_dim) or q_weight.dtype is not q.dtype:
+        return formula(_norm_formula(q, q_weight, eps), _norm_formula(k, k_weight, eps), cos, sin, unsqueeze_dim)
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or q_weight.requires_grad or k_weight.requires_grad):
+        return _NormRope.apply(q, k, q_weight, k_weight, cos, sin, eps, unsqueeze_dim)  # type: ignore[no-any-return]  # untyped
+    return _run(q, k, cos, sin, unsqueeze_dim, q_weight, k_weight, eps, 0)
+
+
+def _run(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int,
+    q_weight: Tensor | None, k_weight: Tensor | None, eps: float, inverse: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    key = (
+        q.dtype, q.shape, q.stride(), k.shape, k.stride(), cos.shape, cos.stride(), sin.stride(),
+        unsqueeze_dim, inverse, q_weight is None, q.get_device(),
+    )  # fmt: skip
+    launch = _shapes.get(key)
+    if launch is None:
+        if len(_shapes) >= MAX_SHAPES:
+            _shapes.clear()
+        launch = _shapes[key] = _prepare(q, k, cos, sin, unsqueeze_dim, q_weight, inverse)
+    return launch(q, k, cos, sin, q_weight, k_weight, eps)
+
+
+def _prepare(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int, weight: Tensor | None, inverse: int
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """A launch with everything that shapes and strides decide filled in."""
+    if q.stride(3) != 1 or k.stride(3) != 1 or cos.stride(2) != 1 or sin.stride() != cos.stride():
+
+        def copied(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, qw: Any, kw: Any, eps: float) -> tuple[Tensor, Tensor]:
+            return _run(
+                q.contiguous(), k.contiguous(), cos.contiguous(), sin.contiguous(), unsqueeze_dim, qw, kw, eps, inverse
+            )
+
+        return copied
     h_dim, s_dim = (1, 2) if unsqueeze_dim == 1 else (2, 1)
     qs, ks, cs = q.stride(), k.stride(), cos.stride()
-    if qs[3] != 1:
-        q = q.contiguous()
-        qs = q.stride()
-    if ks[3] != 1:
-        k = k.contiguous()
-        ks = k.stride()
-    if cs[2] != 1 or sin.stride() != cs:
-        cos, sin = cos.contiguous(), sin.contiguous()
-        cs = cos.stride()
-    qo, ko = torch.empty_like(q), torch.empty_like(k)
-    qos, kos = qo.stride(), ko.stride()
-    shape = q.shape
-    batch, seq = shape[0], shape[s_dim]
-    device = q.get_device()
-    pq, pk, pc, ps, pqo, pko = q.data_ptr(), k.data_ptr(), cos.data_ptr(), sin.data_ptr(), qo.data_ptr(), ko.data_ptr()
-    bits = (
-        qs[0] | qs[1] | qs[2] | ks[0] | ks[1] | ks[2] | cs[0] | cs[1] | qos[0] | qos[1] | qos[2] | kos[0] | kos[1] | kos[2]
-    )
-    heads, kv_heads, dim = shape[h_dim], k.shape[h_dim], shape[3]
-    key = (q.dtype, heads, kv_heads, dim, device, inverse, (pq | pk | pc | ps) & 15, bits & 15, bits > 2147483647)
-    cb = cs[0] if cos.shape[0] == batch else 0
+    qo, ko = torch.empty_like(q).stride(), torch.empty_like(k).stride()
+    batch, seq = q.shape[0], q.shape[s_dim]
+    heads, kv_heads, dim = q.shape[h_dim], k.shape[h_dim], q.shape[3]
+    device, dtype = q.get_device(), q.dtype
     strides = (
         qs[0], qs[s_dim], qs[h_dim], ks[0], ks[s_dim], ks[h_dim],
-        qos[0], qos[s_dim], qos[h_dim], kos[0], kos[s_dim], kos[h_dim], cb, cs[1],
+        qo[0], qo[s_dim], qo[h_dim], ko[0], ko[s_dim], ko[h_dim], cs[0] if cos.shape[0] == batch else 0, cs[1],
     )  # fmt: skip
-    launch = _bound.get(key)
-    if launch is None:
-        example = (1 << 32 if bits > 2147483647 else 4096) + (bits & 15 != 0)
-        launch = _bound[key] = bind(
-            _forward, (q, k, cos, sin, qo, ko, q, k, 17, 17, *((example,) * 14), 1e-6), device=device, num_warps=4,
-            HQ=heads, HK=kv_heads, D=dim, BQ=triton.next_power_of_2(heads), BK=triton.next_power_of_2(kv_heads),
-            HALF=triton.next_power_of_2(dim // 2), NORM=0, INVERSE=inverse,
-        )  # fmt: skip
-    tokens = batch * seq
-    if device == current_device():
-        launch(tokens, current_stream(device), pq, pk, pc, ps, pqo, pko, pq, pk, tokens, seq, *strides, 1e-6)
-    else:
-        with torch.cuda.device(device):
-            launch(tokens, current_stream(device), pq, pk, pc, ps, pqo, pko, pq, pk, tokens, seq, *strides, 1e-6)
-    return qo, ko
+    odd = any(x & 15 for x in strides)
+    large = max(strides) > 2147483647
+    group = min(16, triton.next_power_of_2(max(heads, kv_heads)))
+    blocks = batch * seq * (-(-heads // group) - (-kv_heads // group))
+    norm = int(weight is not None)
+
+    def compiled(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, low: int) -> Any:
+        key = (dtype, heads, kv_heads, dim, device, inverse, norm, odd, large, low)
+        launch = _bound.get(key)
+        if launch is None:
+            example = (1 << 32 if large else 4096) + odd
+            extra = weight if weight is not None else q
+            launch = _bound[key] = bind(
+                _forward, (q, k, cos, sin, q, k, extra, extra, 17, 1e-6, *((example,) * 14)), device=device, num_warps=4,
+                HQ=heads, HK=kv_heads, D=dim, HB=group, HALF=triton.next_power_of_2(dim // 2), NORM=norm, INVERSE=inverse,
+            )  # fmt: skip
+        return launch
+
+    launches: dict[int, Any] = {}
+
+    def run(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, qw: Any, kw: Any, eps: float) -> tuple[Tensor, Tensor]:
+        a, b = torch.empty_like(q), torch.empty_like(k)
+        pq, pk, pc, ps = q.data_ptr(), k.data_ptr(), cos.data_ptr(), sin.data_ptr()
+        pw, pv = (qw.data_ptr(), kw.data_ptr()) if norm else (pq, pk)
+        low = (pq | pk | pc | ps | pw | pv) & 15
+        launch = launches.get(low)
+        if launch is None:
+            launch = launches[low] = compiled(q, k, cos, sin, low)
+        if device == current_device():
+            launch(blocks, current_stream(device), pq, pk, pc, ps, a.data_ptr(), b.data_ptr(), pw, pv, seq, eps, *strides)
+        else:
+            with torch.cuda.device(device):
+                launch(blocks, current_stream(device), pq, pk, pc, ps, a.data_ptr(), b.data_ptr(), pw, pv, seq, eps, *strides)
+        return a, b
+
+    return run
 
 
 class _Rope(torch.autograd.Function):
@@ -157,9 +218,32 @@ class _Rope(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
         ctx.unsqueeze_dim = unsqueeze_dim
-        return _run(q, k, cos, sin, unsqueeze_dim, 0)
+        return _run(q, k, cos, sin, unsqueeze_dim, None, None, 0.0, 0)
 
     @staticmethod
     def backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # type: ignore[override]  # torch types *Any
         cos, sin = ctx.saved_tensors
-        return *_run(dq, dk, cos, sin, ctx.unsqueeze_dim, 1), None, None, None
+        return *_run(dq, dk, cos, sin, ctx.unsqueeze_dim, None, None, 0.0, 1), None, None, None
+
+
+class _NormRope(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float, dim: int
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(q, k, q_weight, k_weight, cos, sin)
+        ctx.eps, ctx.dim = eps, dim
+        return _run(q, k, cos, sin, dim, q_weight, k_weight, eps, 0)
+
+    @staticmethod
+    def backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Any, ...]:  # type: ignore[override]  # torch types *Any
+        q, k, q_weight, k_weight, cos, sin = ctx.saved_tensors
+        dq, dk = _run(dq, dk, cos, sin, ctx.dim, None, None, 0.0, 1)
+        # (B, H, S, D) as the model lays it out is (B, S, H, D) in memory: rows of D either way, in that order
+        order = (0, 2, 1, 3) if ctx.dim == 1 else (0, 1, 2, 3)
+        out = []
+        for x, w, d in ((q, q_weight, dq), (k, k_weight, dk)):
+            rows = x.permute(order).contiguous()
+            dx, dw = _norm_backward(d.permute(order).contiguous(), rows, w, ctx.eps, 0, None)
+            out.append((dx.permute(order), dw))
+        return out[0][0], out[1][0], out[0][1], out[1][1], None, None, None, None
