@@ -175,7 +175,7 @@ class _Job:
             self.applied = self.swapping(self.subject.model, build="wait", progress=self.progress, **options)
             self.subject.generate(self.new_tokens)
             self.subject.forward()
-            found = kinds.group(self.applied.report, self.subject.model)
+            found = kinds.group(self.applied.outcomes, self.subject.model)
             self.report.rows = tuple(kinds.Measured(kind) for kind in found)
             self.report.swapped = sum(len(k.sites) for k in found if k.swapped)
             self.report.sites = sum(len(k.sites) for k in found)

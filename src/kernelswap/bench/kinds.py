@@ -48,7 +48,10 @@ class Kind:
     def serves(self) -> str:
         """`kernelswap/layers:RMSNorm`, or empty."""
         found = self.implementation
-        return f"{found.origin.candidate.name}:{found.layer}" if found else ""
+        if found is None:
+            return ""
+        candidate = found.origin.candidate
+        return f"{'kernelswap/' if candidate.source == 'bundled' else ''}{candidate.name}:{found.layer}"
 
     @property
     def reason(self) -> str:

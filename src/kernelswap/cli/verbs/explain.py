@@ -42,8 +42,8 @@ def command(
 ) -> Answer:
     """Say what would serve each kind of site in a model, and why the others stay as they are.
 
-    The model is loaded, swapped, and given back; kernels are compiled and proved as a swap would. Exit code 1: nothing
-    would be swapped.
+    The model is loaded and nothing in it is changed; kernels are compiled and proved on random tensors, as for a swap.
+    Exit code 1: nothing would be swapped.
     """
     from ... import render
     from ...bench import subject
@@ -53,9 +53,7 @@ def command(
         loaded = subject.load(model, device=where(device), dtype=dtype, offline=offline)
         report("loading the model", 1, 1)
         options: dict[str, Any] = {"only": only, "skip": skip, "build": "wait", "progress": report}
-        applied = session.swapper(cache=cache, offline=offline).swap(loaded.model, **options)
-        outcomes = applied.report
-        applied.undo()
+        outcomes = session.swapper(cache=cache, offline=offline).plan(loaded.model, **options)
     swapped = sum(isinstance(o, Swap) for o in outcomes)
     data = {"model": model, "sites": render.outcomes_json(outcomes), "swapped": swapped}
 
