@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from kernelswap.apply import apply
 from kernelswap.types import Artifact, Candidate, Choice, Implementation, Metadata, Requirement, Row, Site, Swap, Verdict
 
 
@@ -150,3 +151,11 @@ class Prover:
         if self.reason is not None:
             return theirs, Verdict(accepted=False, reason=self.reason)
         return ours, Verdict(accepted=True, reason="accepted on the first call")
+
+
+def swapped(module=None, implementation=None, *, training=..., check="off", prover=None, **more):
+    """One module, swapped as a model of its own."""
+    module = module or RMSNorm(8)
+    implementation = implementation or kernel(off_by_one_kernel)
+    training = implementation if training is ... else training
+    return module, apply(module, [swap("", implementation, training)], prover or Prover(), check=check, **more)

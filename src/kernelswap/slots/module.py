@@ -74,8 +74,8 @@ def conflict(slot: Slot) -> str | None:
         return f"{path} is now a {now.__module__}.{now.__qualname__}, which is not what was installed"
     if mine is not now:
         return f"{path} is now a {now.__name__}, wrapped around the {slot.base.__name__} after the swap"
-    wrapper = vars(module).get("forward")
-    if wrapper is not None and "_old_forward" not in vars(module) and _holds(wrapper, module):
+    wrapper = vars(module).get("_old_forward", vars(module).get("forward"))  # below accelerate's hook, if there is one
+    if wrapper is not None and _holds(wrapper, module):
         return f"{path} has a forward of its own now, set after the swap, which calls what it found then"
     return None
 
