@@ -1,0 +1,293 @@
+"""The straight path, in code: read this file first, then `provider.py`.
+
+    find     spec -> Requirement -> [Candidate] -> Resolution
+    kernel   Resolution -> Artifact -> Kernel
+    provide  Kernel -> Implementation
+    swap     model -> sites -> plan -> apply -> Applied
+
+A `Swapper` holds everything together; two of them do not know each other. The functions at the end of the file are the
+methods of one that is made from the environment when it is first needed.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from . import mode as modes
+from . import plan as planning
+from . import render, sites, spec
+from . import table as tables
+from .apply import Applied, apply
+from .errors import TableError
+from .plan import NotAsked, Wish
+from .provider import Build, Provider
+from .slots import module as module_slot
+from .store import Store
+from .types import (
+    Implementation,
+    Kernel,
+    Machine,
+    Mode,
+    Outcome,
+    Progress,
+    Prover,
+    Resolution,
+    Row,
+    SiteKind,
+    Source,
+    Use,
+    Verdict,
+    Verifier,
+)
+
+if TYPE_CHECKING:
+    import torch.nn as nn
+
+Table = Sequence[Row] | Mapping[str, Any]
+"""Rows; or `{layer: spec}`, where instead of a spec there may be several in order of preference, `{device: spec}`, or `""`
+for "leave it alone"."""
+
+
+class Swapper(Provider):
+    """Kernels (`Provider`), and models that they are swapped into.
+
+    Args, all optional; besides those of `Provider`:
+        table: the rows that every `swap` starts from, instead of the default table.
+        prover: compares kernels with originals; by default `proof.Check`, with its verdicts in the cache.
+    """
+
+    def __init__(
+        self,
+        *,
+        sources: Mapping[str, Source] | None = None,
+        verifiers: Sequence[Verifier] = (),
+        machine: Machine | None = None,
+        store: Store | None = None,
+        table: Sequence[Row] | None = None,
+        prover: Prover | None = None,
+        cache: Path | None = None,
+        offline: bool = False,
+    ) -> None:
+        super().__init__(sources=sources, verifiers=verifiers, machine=machine, store=store, cache=cache, offline=offline)
+        self._table, self._prover = table, prover
+        self._applied: weakref.WeakKeyDictionary[nn.Module, Applied] = weakref.WeakKeyDictionary()
+        self._verdicts: weakref.WeakKeyDictionary[nn.Module, dict[object, Verdict]] = weakref.WeakKeyDictionary()
+
+    @property
+    def table(self) -> tuple[Row, ...]:
+        """The rows that every `swap` starts from."""
+        with self._lock:
+            if self._table is None:
+                self._table = tables.default()
+            return tuple(self._table)
+
+    @property
+    def prover(self) -> Prover:
+        """Made when first needed: that imports torch."""
+        with self._lock:
+            if self._prover is None:
+                from .proof import Check, Verdicts
+
+                self._prover = Check(Verdicts(self.environment.cache / "verdicts"), self.machine)
+            return self._prover
+
+    def plan(  # noqa: PLR0913  # what a user may want, each under its name
+        self,
+        model: nn.Module,
+        *,
+        table: Table | None = None,
+        inherit: bool = True,
+        only: str | Iterable[str] | None = None,
+        skip: str | Iterable[str] | None = None,
+        prefer: Mapping[str, str | Sequence[str]] | None = None,
+        mode: Mode | None = None,
+        hub: bool = False,
+        build: Build = "background",
+        progress: Progress | None = None,
+    ) -> tuple[Outcome, ...]:
+        """What `swap` with these arguments would do; the model is not touched. Kernels are fetched, loaded and proved.
+
+        Raises:
+            TableError: the table, or a glob that names nothing in this model, is wrong.
+            PlanConflict: two rows claim one module.
+            ModeError: `mode` makes no sense.
+            Tampered: bytes of a kernel differ from what was verified before.
+            Refused: a kernel that the arguments name was refused.
+        """
+        over = _rows(table)
+        base = self.table if inherit else tuple(replace(row, use=()) for row in self.table)
+        preferred = {glob: (specs,) if isinstance(specs, str) else tuple(specs) for glob, specs in (prefer or {}).items()}
+        named = {use.spec for row in over for use in row.use} | {s for specs in preferred.values() for s in specs}
+        with self._lock:
+            former = self._applied.get(model)
+            wish = Wish(
+                mode=modes.wanted(mode) if mode is not None else None,
+                prefer=preferred,
+                named=named,
+                replacing={id(m) for m in former.modules()} if former is not None else (),
+            )
+            found = sites.find(model, tables.merge(base, over), only=only, skip=skip)
+            if self.environment.disabled is not None:
+                off = f"kernels are switched off: {self.environment.disabled}"
+                found = tuple(replace(site, left_out=site.left_out or off) for site in found)
+
+            def provide(text: str, device: str, kind: SiteKind) -> Implementation:
+                if text not in named and not hub and self._is_remote(text):
+                    raise NotAsked("is on the hub, and nothing is fetched unless you ask: hub=True")
+                return self.provide(text, device, kind, build=build, progress=progress)
+
+            verdicts = self._verdicts.setdefault(model, {})
+            return planning.plan(model, found, provide, self.prover, machine=self.machine, wish=wish, verdicts=verdicts)
+
+    def swap(self, model: nn.Module, *, check: str = "first-use", require: str | Iterable[str] = (), **wanted: Any) -> Applied:
+        """Give the modules of `model` faster kernels where there are any that do the same. Takes back what it did before.
+
+        Args:
+            model: any `nn.Module`; its `__dict__`, parameters and hooks stay as they are.
+            check: compare with the original on real tensors: `first-use`, `sample:N`, `always`, `off`.
+            require: globs over layers and paths that must all be swapped.
+            wanted: see `plan`. `table`: rows, or `{layer: spec}`, laid over this Swapper's table (`inherit=False`: alone).
+                `only`, `skip`: globs over module paths, their ends, or layers. `prefer`: `{glob: spec or specs}` tried
+                first. `mode`: `None` serves training and inference, live. `hub`: kernels of the table that are on the hub
+                may be fetched; those that you name yourself always may. `build`: bundled kernels that are not compiled yet
+                are compiled in the `background` (the original serves meanwhile), or you `wait` for it, or `never`.
+                `progress`: told about the compiling.
+
+        Raises:
+            Required: a site that `require` names stays as it is; every reason is listed.
+            UndoConflict: something wrapped a module since the former swap; undo that first.
+            Whatever `plan` raises. In all cases the model is as it was.
+        """
+        with self._lock:
+            outcomes = self.plan(model, **wanted)
+            planning.require(outcomes, (require,) if isinstance(require, str) else tuple(require))
+            former = self._applied.get(model)
+            if former is not None:
+                former.undo()
+            compiled = Mode.TORCH_COMPILE in (wanted.get("mode") or Mode(0))
+            applied = self._applied[model] = apply(model, outcomes, self.prover, check=check, compile=compiled)
+            return applied
+
+    def kernelize(self, model: nn.Module, *, mode: Mode | None = None, **wanted: Any) -> nn.Module:
+        """`swap`, returning the model."""
+        self.swap(model, mode=mode, **wanted)
+        return model
+
+    def unkernelize(self, model: nn.Module) -> nn.Module:
+        """Take back what was done to `model`, also to a copy of a model that was swapped. Returns it.
+
+        Raises:
+            UndoConflict: something wrapped a module after the swap; nothing was changed.
+        """
+        with self._lock:
+            applied = self._applied.get(model)
+            if applied is not None:
+                applied.undo()
+                del self._applied[model]
+            for module in list(module_slot.swapped(model)):
+                module_slot.release(module)
+            return model
+
+    def applied(self, model: nn.Module) -> Applied | None:
+        """The handle of the last swap of `model`, if that is still in place."""
+        return self._applied.get(model)
+
+    def explain(self, model: nn.Module, *, long: bool = False) -> str:
+        """What serves each site of `model` and why; for a model that is not swapped, what `swap` would do now."""
+        applied = self._applied.get(model)
+        if applied is not None:
+            return applied.explain(long=long)
+        outcomes = self.plan(model, build="never")
+        return f"not swapped; swap(model) would do this:\n{render.outcomes(outcomes, long=long)}"
+
+    def _is_remote(self, text: str) -> bool:
+        requirement = spec.parse(text)
+        return requirement.source == "hub" and requirement.name not in dict(self.environment.local_kernels)
+
+
+def _rows(given: Table | None) -> tuple[Row, ...]:
+    """Rows as given, or made from `{layer: spec}`."""
+    if given is None:
+        return ()
+    if not isinstance(given, Mapping):
+        return tuple(given)
+    return tuple(_row(layer, value) for layer, value in given.items())
+
+
+def _row(layer: str, value: Any) -> Row:
+    if value is None or value is False or value == "":
+        return Row(layer, off=True)
+    uses: list[Use] = []
+    for device, specs in value.items() if isinstance(value, Mapping) else [("", value)]:
+        for one in (specs,) if isinstance(specs, str) else specs:
+            if not isinstance(one, str):
+                raise TableError(f"{layer}: {one!r} is not a spec, as in 'org/kernel@1:{layer}'")
+            spec.parse(one)
+            uses.append(Use(one, on=(device,) if device else ()))
+    return Row(layer, use=tuple(uses))
+
+
+# -- one Swapper for the process ------------------------------------------------------------------------------------
+
+_default: Swapper | None = None
+_default_lock = threading.Lock()
+
+
+def default() -> Swapper:
+    """The Swapper behind the functions below: made from the environment at the first call."""
+    global _default  # noqa: PLW0603  # the one place where the process has a Swapper of its own
+    with _default_lock:
+        if _default is None:
+            _default = Swapper()
+        return _default
+
+
+def find(text: str, *, machine: Machine | str | None = None, device: str | None = None) -> Resolution:
+    """`Swapper.find` of the default Swapper."""
+    return default().find(text, machine=machine, device=device)
+
+
+def load(text: str, *, device: str | None = None) -> ModuleType:
+    """`Swapper.load` of the default Swapper."""
+    return default().load(text, device=device)
+
+
+def kernel(text: str, *, device: str | None = None) -> Kernel:
+    """`Swapper.kernel` of the default Swapper."""
+    return default().kernel(text, device=device)
+
+
+def provide(text: str, device: str = "cpu", kind: SiteKind = "module") -> Implementation:
+    """`Swapper.provide` of the default Swapper."""
+    return default().provide(text, device, kind)
+
+
+def plan(model: nn.Module, **wanted: Any) -> tuple[Outcome, ...]:
+    """`Swapper.plan` of the default Swapper."""
+    return default().plan(model, **wanted)
+
+
+def swap(model: nn.Module, **wanted: Any) -> Applied:
+    """`Swapper.swap` of the default Swapper."""
+    return default().swap(model, **wanted)
+
+
+def kernelize(model: nn.Module, *, mode: Mode | None = None, **wanted: Any) -> nn.Module:
+    """`Swapper.kernelize` of the default Swapper."""
+    return default().kernelize(model, mode=mode, **wanted)
+
+
+def unkernelize(model: nn.Module) -> nn.Module:
+    """`Swapper.unkernelize` of the default Swapper."""
+    return default().unkernelize(model)
+
+
+def explain(model: nn.Module, *, long: bool = False) -> str:
+    """`Swapper.explain` of the default Swapper."""
+    return default().explain(model, long=long)

@@ -1,0 +1,312 @@
+"""Sites to outcomes: which kernel serves each, in each mode, or why the original stays. Reads the model; changes nothing.
+
+Everything that can fail, fails here, before the first write: kernels are found, brought to disk, imported and proved on
+random tensors. Per site and mode the candidates of its row are tried in order, and each one passed over leaves its reason.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, cast
+
+from . import layers, sites, table
+from . import mode as modes
+from .errors import KernelSwapError, Refused, Required, Tampered
+from .slots import function as function_slot
+from .slots import module as module_slot
+from .types import Choice, Implementation, Kept, Machine, Mode, Outcome, Prover, Run, Site, SiteKind, Swap, Use, Verdict
+
+if TYPE_CHECKING:
+    import torch.nn as nn
+
+Provide = Callable[[str, str, SiteKind], Implementation]
+"""`provide(spec, device, kind)`: the implementation, imported and verified, or any `KernelSwapError`."""
+
+Verdicts = MutableMapping[object, Verdict]
+"""Verdicts of one model, by what they hold for. Whoever keeps the mapping keeps 28 equal layers at one proof."""
+
+
+class NotAsked(Refused):
+    """A hub kernel in the default table, and nobody asked for the hub. Becomes a reason; never reaches a caller."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What the caller wants, apart from the table."""
+
+    mode: Mode | None = None
+    """`None`: both modes are served, live. `INFERENCE`: training keeps the original. `TRAINING`: only kernels with a
+    backward, and they serve inference too. `| TORCH_COMPILE`: only kernels that compile."""
+    prefer: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Glob over paths or layers to the specs that are tried first there."""
+    named: Collection[str] = ()
+    """Specs that the user wrote: for them `Refused` is raised instead of becoming a reason."""
+    replacing: Collection[int] = ()
+    """`id()` of modules whose present swap is going to be undone before this plan is applied."""
+
+
+def plan(
+    model: nn.Module,
+    sites: Sequence[Site],
+    provide: Provide,
+    prover: Prover,
+    *,
+    machine: Machine,
+    wish: Wish | None = None,
+    verdicts: Verdicts | None = None,
+) -> tuple[Outcome, ...]:
+    """One outcome per site, in their order.
+
+    Raises:
+        Tampered: bytes of a kernel differ from what was verified before.
+        Refused: a kernel that the user named was refused by a verifier.
+        ModeError: `wish.mode` makes no sense.
+    """
+    planner = _Planner(model, provide, prover, machine, wish or Wish(), {} if verdicts is None else verdicts)
+    return tuple(planner.outcome(site) for site in sites)
+
+
+def require(outcomes: Sequence[Outcome], wanted: Sequence[str]) -> None:
+    """Every site that a glob of `wanted` names (a layer, a path, the end of a path) must be a Swap, and there must be one.
+
+    Raises:
+        Required: some are not; every distinct reason is listed with its count.
+    """
+    problems = []
+    for glob in wanted:
+        named = [o for o in outcomes if sites.named_by(glob, o.site)]
+        kept = [o for o in named if isinstance(o, Kept)]
+        reasons: dict[str, list[str]] = {}
+        for outcome in kept:
+            reasons.setdefault(outcome.reason, []).append(outcome.site.path)
+        if not named:
+            problems.append(f"{glob}: this model has no such site")
+        problems += [
+            f"{glob}: {len(paths)} of {len(named)} stay as they are ({paths[0] or 'the model itself'}, ...): {why}"
+            for why, paths in reasons.items()
+        ]
+    if problems:
+        raise Required(
+            "\n".join(problems),
+            asked=f"require={list(wanted)!r}",
+            todo="The model is as it was. Take the name out of `require`, or remove what stands in the way.",
+        )
+
+
+# -- the decision -------------------------------------------------------------------------------------------------
+
+# The table describes what a row is good for, not what every row's inputs look like. Without a recipe the kernel is installed
+# unproved and meets the original at the first real call, whose output is the original's if they differ.
+_ON_REAL_TENSORS = Verdict(accepted=True, reason="no recipe for random inputs: to be proved on its first real call")
+
+# How telling a reason is, when one must stand for the site: the first of the lowest rank.
+TRIED, UNABLE, NOT_ASKED, ELSEWHERE = range(4)
+
+
+@dataclass(frozen=True, slots=True)
+class _Passed:
+    rank: int
+    spec: str
+    why: str
+
+
+class _Planner:
+    def __init__(
+        self, model: nn.Module, provide: Provide, prover: Prover, machine: Machine, wish: Wish, verdicts: Verdicts
+    ) -> None:
+        self.modules = dict(model.named_modules())
+        self.provide, self.prover, self.machine, self.wish, self.verdicts = provide, prover, machine, wish, verdicts
+        self.provided: dict[tuple[str, str, SiteKind], Implementation | _Passed] = {}
+        self.fits: dict[tuple[int, object], Implementation | str] = {}
+        self.signatures: dict[int, object] = {}
+        self.replaced: dict[str, tuple[str, frozenset[str]]] = {}  # path -> layer, children that its kernel still calls
+        self.runs = _runs(wish.mode)
+
+    def outcome(self, site: Site) -> Outcome:
+        module = self.modules[site.path]
+        why = self.left_alone(site)
+        if why is not None:
+            return Kept(site, why)
+        uses = self.uses(site)
+        if not uses:
+            return Kept(site, f"no kernel in the table serves {site.layer}")
+        inference, not_in_inference = self.choose(site, module, uses, self.runs[False])
+        training, not_in_training = self.choose(site, module, uses, self.runs[True])
+        served = [i for i in (inference.implementation, training.implementation) if i is not None]
+        if not served:
+            passed = not_in_inference or not_in_training
+            return Kept(site, _one_reason(passed, site), tuple((p.spec, p.why) for p in passed))
+        if site.kind == "module" and len(served) == 2:
+            self.replaced[site.path] = site.layer, frozenset(r.partition(".")[0] for i in served for r in i.reads)
+        return Swap(site, inference, training)
+
+    def left_alone(self, site: Site) -> str | None:
+        if site.left_out:
+            return site.left_out
+        if site.row.off:
+            return "left alone: you asked for it"
+        if site.device.partition(":")[0] == "meta":
+            return "its weights are on the meta device, not loaded yet"
+        if site.kind == "function" and site.path in self.replaced:
+            return f"inside {self.replaced[site.path][0]}, which is swapped"
+        parts = site.path.split(".")
+        for depth in range(1, len(parts)):
+            around = ".".join(parts[:depth])
+            if around in self.replaced and parts[depth] not in self.replaced[around][1]:
+                return f"inside {parts[depth - 1]}, which is swapped"
+        return None
+
+    def uses(self, site: Site) -> list[Use]:
+        preferred = [s for glob, specs in self.wish.prefer.items() if sites.named_by(glob, site) for s in specs]
+        return [*map(Use, dict.fromkeys(preferred)), *(use for use in site.row.use if use.spec not in preferred)]
+
+    def choose(self, site: Site, module: nn.Module, uses: Sequence[Use], run: Run | None) -> tuple[Choice, list[_Passed]]:
+        if run is None:
+            return Choice(None, ((site.layer, f"only {modes.name(self.wish.mode or Mode(0))} was asked for"),)), []
+        allowed, passed = _allowed(uses, run)
+        for use in allowed:
+            found = self.judge(use, site, module, run)
+            if not isinstance(found, _Passed):
+                implementation, verdict = found
+                return Choice(implementation, tuple((p.spec, p.why) for p in passed), verdict), passed
+            passed.append(found)
+        return Choice(None, tuple((p.spec, p.why) for p in passed)), passed
+
+    def judge(self, use: Use, site: Site, module: nn.Module, run: Run) -> tuple[Implementation, Verdict] | _Passed:
+        """One candidate against one site, cheapest question first."""
+        why = table.misfit(use, site.device, self.machine)
+        if why is not None:
+            return _Passed(ELSEWHERE, use.spec, why)
+        implementation = self.implementation(use.spec, site)
+        if isinstance(implementation, _Passed):
+            return implementation
+        if implementation.kind != site.kind:
+            return _Passed(TRIED, use.spec, f"is a {implementation.kind}, this is a {site.kind}")
+        if (why := implementation.cannot(run)) is not None:
+            return _Passed(UNABLE, use.spec, why)
+        original = _original(site, module)
+        fitted = self.fitted(implementation, original)
+        why = fitted if isinstance(fitted, str) else self.obstacle(fitted, site, module)
+        if isinstance(fitted, str) or why is not None:
+            return _Passed(TRIED, use.spec, why or "")
+        verdict = self.prove(fitted, site, module, original, run)
+        return (fitted, verdict) if verdict.accepted else _Passed(TRIED, use.spec, verdict.reason)
+
+    def implementation(self, spec: str, site: Site) -> Implementation | _Passed:
+        """Asked once per plan, failures included: 28 layers do not ask an unreachable hub 28 times."""
+        key = spec, site.device, site.kind
+        if key not in self.provided:
+            try:
+                self.provided[key] = self.provide(*key)
+            except Tampered:
+                raise
+            except NotAsked as e:
+                self.provided[key] = _Passed(NOT_ASKED, spec, e.reason)
+            except KernelSwapError as e:
+                if isinstance(e, Refused) and spec in self.wish.named:
+                    raise
+                self.provided[key] = _Passed(TRIED, spec, e.reason)
+        return self.provided[key]
+
+    def fitted(self, implementation: Implementation, original: Callable[..., Any]) -> Implementation | str:
+        """The implementation with the original's parameter names, or why it cannot be called as the original is."""
+        key = id(implementation), original  # `provided` keeps every implementation alive
+        if key not in self.fits:
+            self.fits[key] = layers.mismatch(implementation, original) or layers.fit(implementation, original)
+        return self.fits[key]
+
+    def obstacle(self, implementation: Implementation, site: Site, module: nn.Module) -> str | None:
+        replacing = id(module) in self.wish.replacing
+        if site.kind == "function":
+            return function_slot.obstacle(module, site.name, replacing=replacing)
+        return module_slot.obstacle(module, implementation.reads, replacing=replacing)
+
+    def prove(
+        self, implementation: Implementation, site: Site, module: nn.Module, original: Callable[..., Any], run: Run
+    ) -> Verdict:
+        if not site.row.probe:
+            return _ON_REAL_TENSORS
+        if id(module) not in self.signatures:
+            self.signatures[id(module)] = signature(module)
+        subject = site.layer, site.name, site.device, site.dtype, original, self.signatures[id(module)]
+        key = subject, implementation.origin.digest, implementation.layer, run
+        if key not in self.verdicts:
+            self.verdicts[key] = self.prover.equivalent(site, module, original, implementation, run)
+        return self.verdicts[key]
+
+
+def _runs(mode: Mode | None) -> dict[bool, Run | None]:
+    """What a kernel must be able to do, by the `training` of the module that it serves."""
+    if mode is None:
+        return {False: Run(training=False), True: Run(training=True)}
+    run = modes.to_run(mode)
+    return {False: run, True: run if run.training else None}
+
+
+def _allowed(uses: Sequence[Use], run: Run) -> tuple[list[Use], list[_Passed]]:
+    """Registered modes in the field's order; a use without modes goes by what its implementation says that it can do."""
+    order = modes.order(modes.from_run(run))
+    ranked, passed = [], []
+    for use in uses:
+        ranks = [order.index(mode) for mode in use.modes if mode in order]
+        if use.modes and not ranks:
+            names = ", ".join(modes.name(mode) for mode in use.modes)
+            passed.append(_Passed(UNABLE, use.spec, f"is registered for {names} only"))
+        else:
+            ranked.append((min(ranks, default=0), use))
+    return [use for _, use in sorted(ranked, key=lambda entry: entry[0])], passed
+
+
+def _original(site: Site, module: nn.Module) -> Callable[..., Any]:
+    """What the kernel would replace: the forward of the module's own class, unbound, or the function."""
+    if site.kind == "function":
+        return function_slot.original(module, site.name)
+    return cast(Callable[..., Any], sites.original(module).forward)
+
+
+def _one_reason(passed: Sequence[_Passed], site: Site) -> str:
+    best = min(passed, key=lambda p: p.rank)
+    if best.rank == ELSEWHERE:
+        return f"no kernel in the table is for {site.device.partition(':')[0]}"
+    if best.rank == NOT_ASKED:
+        return best.why
+    return f"{best.spec} {best.why}" if best.why.startswith(("is ", "has ", "differs ")) else f"{best.spec}: {best.why}"
+
+
+# -- what a verdict holds for -------------------------------------------------------------------------------------
+
+
+def signature(module: nn.Module) -> object:
+    """What decides how a module computes, short of its weights' values: class, settings, shapes, and the same below it.
+
+    Two modules with equal signatures share a verdict. A layer's number does not count; a `config` counts as the object
+    that it is; other objects (caches, dicts) do not.
+    """
+    settings = tuple(
+        (name, value if type(value) in _PLAIN else _setting(name, value))
+        for name, value in vars(module).items()
+        if name[0] != "_" and name not in _NOT_SETTINGS
+    )
+    tensors = tuple(
+        (name, None if t is None else (tuple(t.shape), t.dtype, t.requires_grad))
+        for held in (module._parameters, module._buffers)  # noqa: SLF001  # the public iterators walk the whole tree
+        for name, t in held.items()
+    )
+    below = tuple((name, None if child is None else signature(child)) for name, child in module._modules.items())  # noqa: SLF001  # same
+    return sites.original(module), settings, tensors, below
+
+
+_PLAIN = {bool, int, float, str, type(None)}
+_NOT_SETTINGS = {"training", "layer_idx", "layer_id", "layer_number"}
+
+
+def _setting(name: str, value: object) -> object:
+    if isinstance(value, functools.partial):
+        return "partial", value.func, repr(value.args), repr(value.keywords)
+    if isinstance(value, tuple):
+        return repr(value)
+    if callable(value):
+        return getattr(value, "__func__", None) or getattr(value, "__qualname__", type(value))
+    return id(value) if name == "config" else type(value)

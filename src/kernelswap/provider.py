@@ -1,0 +1,307 @@
+"""From a spec to an implementation: find, resolve, materialize, import. What was loaded once is kept.
+
+What a kernel depends on comes before it; bundled kernels with sources are compiled where no build fits.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Literal
+
+from . import build as building
+from . import layers, loader, render, spec
+from . import machine as machines
+from . import metadata as metadata_file
+from .background import Background
+from .errors import BuildFailed, NoVariant, SpecError, UnknownKernel
+from .resolve import resolve
+from .sources.bundled import BundledSource
+from .sources.dependencies import Node, tree
+from .sources.directory import DirectorySource
+from .sources.environment import Environment
+from .sources.hub import HubSource
+from .sources.overrides import Overrides
+from .store import Store
+from .types import (
+    Artifact,
+    Candidate,
+    Implementation,
+    Kernel,
+    Machine,
+    Metadata,
+    Progress,
+    Requirement,
+    Resolution,
+    SiteKind,
+    Source,
+    Verifier,
+)
+
+Build = Literal["background", "wait", "never"]
+MEMOISED = {"hub", "bundled"}
+"""Sources whose kernels do not change under their names while a process runs. A directory may be edited."""
+
+
+class Provider:
+    """Sources, verifiers, a machine and a cache, held together, with what was found and loaded through them.
+
+    Args, all optional; what is left out comes from the environment and this machine:
+        sources: by the name that a spec uses (`hub`, `dir`, `bundled`).
+        verifiers: on top of contents and digests, which are always verified.
+        machine: what to choose for.
+        store: where verified kernels are kept.
+        cache: the directory of store, compiled kernels and verdicts; ignored for what is given itself.
+        offline: ask no server.
+
+    Thread-safe. It keeps to what it has once loaded: a branch that moves meanwhile changes nothing for it.
+    """
+
+    def __init__(
+        self,
+        *,
+        sources: Mapping[str, Source] | None = None,
+        verifiers: Sequence[Verifier] = (),
+        machine: Machine | None = None,
+        store: Store | None = None,
+        cache: Path | None = None,
+        offline: bool = False,
+    ) -> None:
+        environment = Environment.read(os.environ)
+        environment = replace(environment, cache=cache or environment.cache, offline=offline or environment.offline)
+        self.environment = environment
+        self.sources = dict(_sources(environment, self._tell) if sources is None else sources)
+        self.verifiers = tuple(verifiers)
+        self.store = store or Store(environment.cache)
+        self._machine = machine
+        self._lock = threading.RLock()
+        self._background = Background()
+        self._progress: Progress | None = None  # of the call that holds the lock
+        self._kernels: dict[tuple[Requirement, str | None], Kernel] = {}
+        self._implementations: dict[tuple[str, str, SiteKind], Implementation] = {}
+
+    @property
+    def machine(self) -> Machine:
+        """Looked at once, when first needed: that imports torch."""
+        with self._lock:
+            if self._machine is None:
+                self._machine = machines.look()
+            return self._machine
+
+    def find(self, text: str, *, machine: Machine | str | None = None, device: str | None = None) -> Resolution:
+        """Which build of a kernel would be used, and why each other one would not. Fetches metadata at most.
+
+        Args:
+            text: `[source://]name[@version][:Layer]`.
+            machine: another one to choose for; as text, what is different there: `torch=2.14,cuda=13.2,sm=120`.
+            device: `cuda:1`, `cpu`; default: every visible one.
+
+        Raises:
+            SpecError: the text does not parse.
+            UnknownKernel: no such source, kernel or version.
+            Unreachable, NotCached: the source could not be asked.
+        """
+        here = machines.override(self.machine, machine) if isinstance(machine, str) else machine or self.machine
+        return self._resolve(spec.parse(text), _machine_for(here, device), device)
+
+    def kernel(self, text: str, *, device: str | None = None, build: Build = "wait", progress: Progress | None = None) -> Kernel:
+        """The kernel, fetched, verified and imported, what it depends on before it.
+
+        Raises:
+            NoVariant: no build fits; the message has every build with its reason.
+            Refused, Tampered, LoadFailed, MissingDependency, BuildFailed, StoreError: see `errors`; also what `find` raises.
+        """
+        requirement = replace(spec.parse(text), layer=None, text=None)
+        with self._lock:
+            known = self._kernels.get((requirement, device))
+            if known is None:
+                machine = _machine_for(self.machine, device)
+                self._progress = progress
+                try:
+                    artifact = self._artifact(self._node(requirement, machine, device, build, progress))
+                finally:
+                    self._progress = None
+                known = loader.load(artifact, reverify=self.store.reverify)
+                if artifact.candidate.source in MEMOISED:
+                    self._kernels[requirement, device] = known
+            return known
+
+    def load(self, text: str, *, device: str | None = None) -> ModuleType:
+        """The module of `kernel`. A layer that the text names must be there, and changes nothing else.
+
+        Raises:
+            UnknownKernel: it has no such layer; also what `kernel` raises.
+        """
+        kernel, layer = self.kernel(text, device=device), spec.parse(text).layer
+        if layer is not None:
+            layers.implementation(kernel, layer)
+        return kernel.module
+
+    def provide(
+        self,
+        text: str,
+        device: str = "cpu",
+        kind: SiteKind = "module",
+        *,
+        build: Build = "wait",
+        progress: Progress | None = None,
+    ) -> Implementation:
+        """The layer or function that the text names, for modules on `device`.
+
+        Raises:
+            SpecError: the text names no layer.
+            UnknownKernel, LayerMismatch: the kernel has none of that name that can serve; also what `kernel` raises.
+        """
+        with self._lock:
+            known = self._implementations.get((text, device, kind))
+            if known is not None:
+                return known
+            layer = spec.parse(text).layer
+            if layer is None:
+                raise SpecError("a layer must be named", text=text, span=(len(text), len(text)), todo=f"{text}:RMSNorm, say")
+            kernel = self.kernel(text, device=device, build=build, progress=progress)
+            found = layers.function(kernel, layer) if kind == "function" else layers.implementation(kernel, layer)
+            if kernel.artifact.candidate.source in MEMOISED:
+                self._implementations[text, device, kind] = found
+            return found
+
+    def build(self, *, progress: Progress | None = None) -> list[Path]:
+        """Compile the bundled kernels that have sources for this machine, unless that was done; the directories of the builds.
+
+        Raises:
+            BuildFailed: nothing can be compiled here, or the compiler reported errors.
+        """
+        source = self.sources.get("bundled")
+        names = source.names() if isinstance(source, BundledSource) else ()
+        built, problems = [], []
+        for name in names:
+            for machine in dict.fromkeys((_machine_for(self.machine, "cpu"), self.machine)):
+                job = self._buildable(name, machine)
+                if isinstance(job, str):
+                    problems.append(job)
+                elif job is not None:
+                    built.append(building.compile(*job, progress=progress))
+        if not built:
+            raise BuildFailed(
+                "\n".join(dict.fromkeys(problems)) or "no bundled kernel has sources", asked="compile the bundled kernels"
+            )
+        return built
+
+    def _tell(self, step: str, done: float, total: float) -> None:
+        """What the hub reports goes to whoever asked for the kernel."""
+        if self._progress is not None:
+            self._progress(step, done, total)
+
+    def _resolve(self, requirement: Requirement, machine: Machine, device: str | None) -> Resolution:
+        source = self._source(requirement)
+        candidates, notes = source.find(requirement)
+        # a device says nothing about another backend's builds, and cpu builds have no architectures
+        on = device if device is not None and device != "cpu" else None
+        return resolve(requirement, candidates, machine, lambda c: _metadata(source, c), device=on, notes=notes)
+
+    def _source(self, requirement: Requirement) -> Source:
+        if requirement.source not in self.sources:
+            raise UnknownKernel(
+                f"there is no source {requirement.source!r}; there is {', '.join(sorted(self.sources)) or 'none'}",
+                asked=f"looking for {requirement}",
+            )
+        return self.sources[requirement.source]
+
+    def _node(
+        self, requirement: Requirement, machine: Machine, device: str | None, build: Build, progress: Progress | None
+    ) -> Node:
+        def find(wanted: Requirement) -> Resolution:
+            found = self._resolve(wanted, machine, device)
+            if found.chosen is None and wanted.source == "bundled" and self._compiled(wanted, machine, build, progress):
+                found = self._resolve(wanted, machine, device)
+            if found.chosen is None:
+                raise _no_variant(found)
+            return found
+
+        return tree(find(requirement), find)
+
+    def _artifact(self, node: Node) -> Artifact:
+        below = tuple(self._artifact(child) for child in node.depends)
+        chosen, metadata = node.resolution.chosen, node.resolution.metadata
+        assert chosen is not None and metadata is not None  # noqa: PT018  # `_node` raised otherwise
+        source = self._source(node.resolution.requirement)
+        return self.store.materialize(chosen, metadata, source, self.verifiers, below)
+
+    # -- compiling what came with us
+
+    def _buildable(self, name: str, machine: Machine) -> tuple[Path, Machine, Path] | str | None:
+        """What `build.compile` takes, or why not; `None` where there are no sources."""
+        source = self.sources.get("bundled")
+        if not isinstance(source, BundledSource):
+            return None
+        root = source.root / name
+        file = building.sources(root)
+        return None if file is None else building.misfit(file, machine) or (root, machine, source.compiled(name))
+
+    def _compiled(self, requirement: Requirement, machine: Machine, build: Build, progress: Progress | None) -> bool:
+        """Whether it has been compiled now.
+
+        Raises:
+            BuildFailed: it has not, though it could be, with the reason.
+        """
+        job = self._buildable(requirement.name, machine)
+        if job is None or isinstance(job, str):
+            return False  # the builds and their reasons say it all
+        if build == "never":
+            raise BuildFailed("is not compiled on this machine yet", todo="`kernelswap build` does it, or build='wait'.")
+        if building.compiler() is None:
+            raise BuildFailed(
+                "is compiled on the machine, and there is no C++ compiler", todo="Install g++ or clang++, or set CXX."
+            )
+        if build == "wait":
+            building.compile(*job, progress=progress)
+            return True
+        begun = self._background.start(*job)
+        if begun.failed is not None:
+            raise BuildFailed(f"compiling it failed: {begun.failed}", todo="`kernelswap build` shows the compiler's report.")
+        if begun.done.is_set():
+            return True
+        raise BuildFailed("is being compiled in the background; the next swap will use it", todo="Or wait: build='wait'.")
+
+
+def _sources(environment: Environment, progress: Progress) -> dict[str, Source]:
+    hub: Source = HubSource(
+        environment.hub_cache,
+        endpoint=environment.endpoint,
+        offline=environment.offline,
+        token=environment.token,
+        timeout=environment.timeout,
+        progress=progress,
+    )
+    if environment.local_kernels:
+        hub = Overrides(hub, dict(environment.local_kernels))
+    root = Path(__file__).parent / "bundled"
+    bundled = BundledSource(root, environment.cache / "built", building.source_digest)
+    return {"hub": hub, "dir": DirectorySource(), "bundled": bundled}
+
+
+def _machine_for(machine: Machine, device: str | None) -> Machine:
+    return machines.for_backend(machine, "cpu") if device == "cpu" else machine
+
+
+def _metadata(source: Source, candidate: Candidate) -> Metadata:
+    data = source.read(candidate, "metadata.json")
+    hint = f"{candidate.commit}/{candidate.variant}"
+    return metadata_file.parse(data if data is not None else b"{}", package=candidate.name, path_hint=hint)
+
+
+def _no_variant(resolution: Resolution) -> NoVariant:
+    judged = resolution.judged
+    if not judged:
+        head = next(iter(resolution.notes), "has no builds")
+    elif len(judged) == 1:
+        head = f"its only build, {judged[0].candidate.variant}, does not fit: {judged[0].rejected}"
+    else:
+        head = f"none of its {len(judged)} builds fits; the nearest, {judged[0].candidate.variant}: {judged[0].rejected}"
+    return NoVariant(
+        "\n".join((head, *render.resolution(resolution).splitlines()[1:])), asked=f"looking for {resolution.requirement}"
+    )

@@ -1,0 +1,297 @@
+"""A model and the rows of a table to the places where a swap could go. Reads the model; changes nothing, loads nothing.
+
+Everything is decided per module (design decision D9): its device is that of its own tensors, or of its execution device
+under accelerate; its dtype and its mode are its own. A module reachable under two paths gives one site, under the first.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from types import CodeType
+from typing import TYPE_CHECKING, Any, cast
+
+from . import layers
+from .errors import PlanConflict, TableError
+from .slots import module as module_slot
+from .slots import rebuild
+from .types import Row, Site
+
+if TYPE_CHECKING:
+    import torch.nn as nn
+
+FLOAT32 = "torch.float32"  # where neither a module nor anything around it holds a floating tensor
+
+
+def find(
+    model: nn.Module, rows: Sequence[Row], *, only: str | Iterable[str] | None = None, skip: str | Iterable[str] | None = None
+) -> tuple[Site, ...]:
+    """All sites of `model`, in the order of `named_modules`, module before function.
+
+    `only` and `skip` are globs over module paths (`model.layers.0.*`; `layers.0.*` and `mlp` name the same places by
+    the end of their paths) or over the layer names of the table (`RMSNorm`). What they leave out is still a site, with
+    the reason in `Site.left_out`.
+
+    Raises:
+        PlanConflict: two rows name one module equally precisely.
+        TableError: a glob of `only` or `skip` names nothing in this model.
+    """
+    kinds = {kind: tuple(row for row in rows if row.kind == kind) for kind in ("module", "function")}
+    matcher, wanted = _Matcher(kinds["module"], kinds["function"]), _Wanted(only, skip)
+    found = []
+    for path, module, parents in _walk(model):
+        for row, target, name, left_out in matcher.claims(path, module):
+            device, dtype = _place(module) or (None, None)
+            for parent in reversed(parents):
+                if device is not None and dtype is not None:
+                    break
+                near = _place(parent) or (None, None)
+                device, dtype = device or near[0], dtype or near[1]
+            found.append(
+                Site(
+                    path=path,
+                    kind=row.kind,
+                    layer=row.layer,
+                    target=target,
+                    device=device or "cpu",
+                    dtype=dtype or FLOAT32,
+                    training=module.training,
+                    row=row,
+                    name=name,
+                    left_out=left_out,
+                )
+            )
+    return wanted.mark(found)
+
+
+def original(module: nn.Module) -> type[Any]:
+    """The class of `module` as it was before any swap of ours."""
+    return module_slot.original(module)
+
+
+def named_by(pattern: str, site: Site) -> bool:
+    """Whether a glob names a site: by its path, by the end of its path, or by its layer name."""
+    return (
+        fnmatchcase(site.path, pattern)
+        or fnmatchcase(site.path, f"*.{pattern}")
+        or fnmatchcase(site.layer, pattern)
+        or (bool(site.name) and fnmatchcase(site.name, pattern))
+    )
+
+
+# -- what the user leaves out -------------------------------------------------------------------------------------
+
+
+def _globs(value: str | Iterable[str] | None) -> tuple[str, ...]:
+    return () if value is None else (value,) if isinstance(value, str) else tuple(value)
+
+
+class _Wanted:
+    def __init__(self, only: str | Iterable[str] | None, skip: str | Iterable[str] | None) -> None:
+        self.only, self.skip, self.all = _globs(only), _globs(skip), only is None
+
+    def mark(self, found: list[Site]) -> tuple[Site, ...]:
+        idle = [
+            f"{word}={glob!r} names nothing in this model"
+            for word, globs in (("only", self.only), ("skip", self.skip))
+            for glob in globs
+            if not any(named_by(glob, site) for site in found)
+        ]
+        if idle:
+            offered = ", ".join(sorted({site.layer for site in found})) or "nothing that a table row knows"
+            raise TableError("\n".join(idle), todo=f"This model has {offered}; a glob names a module path, its end, or a layer.")
+        return tuple(self._marked(site) for site in found)
+
+    def _marked(self, site: Site) -> Site:
+        skipped = next((glob for glob in self.skip if named_by(glob, site)), None)
+        if skipped is not None:
+            return replace(site, left_out=f"skipped by you (skip={skipped!r})")
+        if not self.all and not any(named_by(glob, site) for glob in self.only):
+            return replace(site, left_out=f"skipped by you (only={', '.join(map(repr, self.only)) or 'nothing'})")
+        return site
+
+
+# -- which row claims what ----------------------------------------------------------------------------------------
+
+Claim = tuple[Row, str, str, str]  # row, target, global name (functions), why it is left out
+
+
+class _Matcher:
+    """Rows against modules. What depends on the class alone is asked once per class."""
+
+    def __init__(self, module_rows: Sequence[Row], function_rows: Sequence[Row]) -> None:
+        self.module_rows, self.function_rows = module_rows, function_rows
+        self.classes: dict[type[Any], tuple[str, tuple[tuple[int, Row], ...], tuple[tuple[Row, str, str], ...]]] = {}
+
+    def claims(self, path: str, module: nn.Module) -> Iterator[Claim]:
+        cls = original(module)
+        if cls not in self.classes:
+            self.classes[cls] = (_qualified(cls), tuple(self._by_class(cls)), tuple(self._functions(cls)))
+        target, ranked, functions = self.classes[cls]
+        if ranked:
+            claim = self._choose(path, module, target, ranked)
+            if claim is not None:
+                yield claim
+        for row, name, of in functions:
+            yield row, of, name, ""
+
+    def _by_class(self, cls: type[Any]) -> Iterator[tuple[int, Row]]:
+        """`(how precisely the row names this class, row)`: the decoration above all, then the literal part of a glob."""
+        declared = layers.declared(cls)
+        forward_of = next((c for c in cls.__mro__ if "forward" in vars(c)), cls)
+        names = {cls.__name__, forward_of.__name__, _qualified(cls), _qualified(forward_of)}
+        for row in self.module_rows:
+            if declared is not None and declared == row.layer:
+                yield DECLARED, row
+                continue
+            fits = [_literal(glob) for glob in row.targets if any(fnmatchcase(name, glob) for name in names)]
+            if fits:
+                yield max(fits), row
+
+    def _choose(self, path: str, module: nn.Module, target: str, ranked: tuple[tuple[int, Row], ...]) -> Claim | None:
+        best: list[tuple[int, Row]] = []
+        lacking: list[tuple[int, Row, str]] = []
+        for rank, row in ranked:
+            why = _lacks(module, row)
+            if why is None:
+                best.append((rank, row))
+            elif rank:  # a row that names every class describes a structure: what lacks it is simply something else
+                lacking.append((rank, row, why))
+        if not best:
+            if not lacking:
+                return None
+            _, row, why = max(lacking, key=lambda entry: entry[0])
+            return row, target, "", why
+        top = max(rank for rank, _ in best)
+        rows = [row for rank, row in best if rank == top]
+        if len(rows) > 1:
+            raise PlanConflict(
+                f"{path or 'the model itself'} ({target}) is claimed by {' and '.join(row.layer for row in rows)}",
+                todo="Name the class more precisely in one of these rows' targets, or turn one of them off.",
+            )
+        condition = layers.condition(original(module)) if top == DECLARED else None
+        if condition is not None and not condition(module):
+            return rows[0], target, "", "its class declares a kernel_condition, which is false for it"
+        return rows[0], target, "", ""
+
+    def _functions(self, cls: type[Any]) -> Iterator[tuple[Row, str, str]]:
+        """`(row, global name, function)` for the functions that the class's forward looks up as globals."""
+        forward = cls.forward
+        names = tuple(dict.fromkeys(_names(getattr(inspect.unwrap(forward), "__code__", None))))
+        for row in self.function_rows:
+            for name in names:
+                named = any(fnmatchcase(name, glob) for glob in row.targets)
+                if (named or _might_declare(forward, name, row)) and rebuild.looks_up(forward, name) is None:
+                    function = rebuild.found(forward, name)
+                    if named or _declares(function, row.layer):
+                        yield row, name, _qualified(function)
+
+
+DECLARED = 1 << 16  # above any glob
+
+
+def _names(code: CodeType | None) -> Iterator[str]:
+    """Names that `code`, or code nested in it, looks up anywhere but among its locals."""
+    if code is not None:
+        yield from code.co_names
+        for constant in code.co_consts:
+            if isinstance(constant, CodeType):
+                yield from _names(constant)
+
+
+def _might_declare(forward: Any, name: str, row: Row) -> bool:
+    """Cheaper than `rebuild.found`, which is asked afterwards: most globals of a module are not decorated."""
+    return _declares(getattr(inspect.unwrap(forward), "__globals__", {}).get(name), row.layer)
+
+
+def _declares(function: Any, layer: str) -> bool:
+    """A function decorated for kernels is an instance of a generated module class that carries the name."""
+    return getattr(type(function), "kernel_layer_name", None) == layer or getattr(function, "kernel_layer_name", None) == layer
+
+
+def _literal(glob: str) -> int:
+    return sum(c not in "*?[]!" for c in glob)
+
+
+def _qualified(thing: Any) -> str:
+    cls = thing if isinstance(thing, type) or hasattr(thing, "__qualname__") else type(thing)
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _lacks(module: nn.Module, row: Row) -> str | None:
+    """Which attribute that the row needs is not there, or `None`. `act_fn=SiLU*` also asks for the attribute's class."""
+    for alternatives in row.needs:
+        if not any(_has(module, need) for need in alternatives):
+            return f"has no {' or '.join(need.replace('=', ' that is a ') for need in alternatives)}, which a {row.layer} has"
+    return None
+
+
+def _has(module: nn.Module, need: str) -> bool:
+    name, _, glob = need.partition("=")
+    value = getattr(module, name, None)
+    if value is None or not glob:
+        return value is not None
+    cls = original(value) if hasattr(value, "named_modules") else type(value)
+    return fnmatchcase(cls.__name__, glob)
+
+
+# -- the walk -----------------------------------------------------------------------------------------------------
+
+
+def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[nn.Module, ...]]]:
+    """`named_modules`, with every module's ancestors. Its order, and each module once."""
+    seen: set[int] = set()
+    stack: list[tuple[str, nn.Module, tuple[nn.Module, ...]]] = [("", model, ())]
+    while stack:
+        path, module, parents = stack.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        yield path, module, parents
+        inside = (*parents, module)
+        children = [
+            (f"{path}.{name}" if path else name, child, inside) for name, child in _children(module).items() if child is not None
+        ]
+        stack.extend(reversed(children))
+
+
+def _place(module: nn.Module) -> tuple[str | None, str | None] | None:
+    """`(device, dtype)` of the first floating tensor in or below `module`; the device is accelerate's where it moves inputs."""
+    execution = _execution_device(module)
+    tensor = next((t for t in _own(module) if t.is_floating_point()), None)
+    if tensor is not None:
+        return execution or str(tensor.device), str(tensor.dtype)
+    for child in _children(module).values():
+        below = _place(child) if child is not None else None
+        if below is not None:
+            return execution or below[0], below[1]
+    tensor = next(_own(module), None)
+    device = execution or (str(tensor.device) if tensor is not None else None)
+    return None if device is None else (device, None)
+
+
+# `parameters()`, `named_children()` and their like keep a set of what they have seen; asked of every module of a model, that is
+# most of the time that finding its sites takes.
+
+
+def _own(module: nn.Module) -> Iterator[Any]:
+    for held in (module._parameters, module._buffers):  # noqa: SLF001  # see above
+        yield from (tensor for tensor in held.values() if tensor is not None)
+
+
+def _children(module: nn.Module) -> dict[str, nn.Module | None]:
+    return module._modules  # noqa: SLF001  # see above
+
+
+def _execution_device(module: nn.Module) -> str | None:
+    """Where accelerate runs this module, which under offloading is not where its weights are."""
+    hook = vars(module).get("_hf_hook")
+    for one in (hook, *getattr(hook, "hooks", ())):
+        device = getattr(one, "execution_device", None)
+        if device is not None:
+            import torch
+
+            return str(torch.device(cast(Any, device)))
+    return None
