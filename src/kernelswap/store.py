@@ -294,10 +294,11 @@ class Store:
             elif not path.with_name(path.name + ".lock").exists() and time.time() - _mtime(path) > _MOMENT:
                 _remove_tree(path)  # its lock was deleted by hand
                 count += 1
-        for path in _listed(self.cache / "artifacts"):
-            if path.name.startswith(".incoming-") and time.time() - _mtime(path) > _MOMENT:
-                _remove_tree(path)
-                count += 1
+        for folder in ("artifacts", "index", "manifests"):
+            for path in _listed(self.cache / folder):
+                if path.name.startswith(".") and time.time() - _mtime(path) > _MOMENT:  # half-way to its name
+                    _remove_tree(path)
+                    count += 1
         return count
 
     def _bury(self, lock_path: Path) -> int:
@@ -557,3 +558,5 @@ def _remove_tree(root: Path) -> None:
             for path, _ in tree.walk(root):
                 (root / path).chmod(0o600)
     shutil.rmtree(root, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        root.unlink()  # it was a file, or a link
