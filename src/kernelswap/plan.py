@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping, MutableMapping, Seque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
-from . import layers, sites, table
+from . import layers, reads, sites, table
 from . import mode as modes
 from .errors import KernelSwapError, Refused, Required, Tampered
 from .slots import function as function_slot
@@ -139,7 +139,7 @@ class _Planner:
             passed = not_in_inference or not_in_training
             return Kept(site, _one_reason(passed, site), tuple((p.spec, p.why) for p in passed))
         if site.kind == "module" and len(served) == 2:
-            self.replaced[site.path] = site.layer, frozenset(r.partition(".")[0] for i in served for r in i.reads)
+            self.replaced[site.path] = site.layer, frozenset(reads.root(r) for i in served for r in i.reads)
         return Swap(site, inference, training)
 
     def left_alone(self, site: Site) -> str | None:
