@@ -24,9 +24,15 @@ _MAX_BUNDLE = 1 << 20  # real ones have a few kilobytes
 
 @functools.cache
 def _production() -> Any:
+    from importlib import resources
+
+    from sigstore.models import TrustedRoot
     from sigstore.verify import Verifier as Sigstore
 
-    return Sigstore.production(offline=True)
+    # The root inside the package, not `production(offline=True)`: that one trusts, unverified, a file in the user's cache.
+    bundled = resources.files("sigstore._store") / "https%3A%2F%2Ftuf-repo-cdn.sigstore.dev" / "trusted_root.json"
+    with resources.as_file(bundled) as path:
+        return Sigstore(trusted_root=TrustedRoot.from_file(str(path)))
 
 
 @dataclass(frozen=True, slots=True)
