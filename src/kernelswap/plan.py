@@ -112,6 +112,10 @@ class _Passed:
     why: str
 
 
+_Asked = list[tuple[Implementation, str | None]]
+"""What was asked of one module while choosing for it: an implementation, and what stands in its way there."""
+
+
 class _Planner:
     def __init__(
         self, model: nn.Module, provide: Provide, prover: Prover, machine: Machine, wish: Wish, verdicts: Verdicts
@@ -120,7 +124,9 @@ class _Planner:
         self.provide, self.prover, self.machine, self.wish, self.verdicts = provide, prover, machine, wish, verdicts
         self.provided: dict[tuple[str, str, SiteKind], Implementation | _Passed] = {}
         self.fits: dict[tuple[int, object], Implementation | str] = {}
-        self.signatures: dict[int, object] = {}
+        self.signatures: dict[tuple[int, SiteKind], object] = {}
+        self.choices: dict[object, list[tuple[Choice, list[_Passed], _Asked]]] = {}
+        self.obstacles: dict[tuple[int, int, SiteKind], str | None] = {}
         self.replaced: dict[str, tuple[str, frozenset[str]]] = {}  # path -> layer, children that its kernel still calls
         self.runs = _runs(wish.mode)
 
@@ -138,8 +144,9 @@ class _Planner:
         if not served:
             passed = not_in_inference or not_in_training
             return Kept(site, _one_reason(passed, site), tuple((p.spec, p.why) for p in passed))
-        if site.kind == "module" and len(served) == 2:
-            self.replaced[site.path] = site.layer, frozenset(reads.root(r) for i in served for r in i.reads)
+        called = {reads.root(read) for implementation in served for read in implementation.reads}
+        if site.kind == "module" and len(served) == 2 and reads.ANYTHING not in called:
+            self.replaced[site.path] = site.layer, frozenset(called)
         return Swap(site, inference, training)
 
     def left_alone(self, site: Site) -> str | None:
@@ -158,23 +165,38 @@ class _Planner:
                 return f"inside {parts[depth - 1]}, which is swapped"
         return None
 
-    def uses(self, site: Site) -> list[Use]:
+    def uses(self, site: Site) -> tuple[Use, ...]:
+        if not self.wish.prefer:
+            return site.row.use
         preferred = [s for glob, specs in self.wish.prefer.items() if sites.named_by(glob, site) for s in specs]
-        return [*map(Use, dict.fromkeys(preferred)), *(use for use in site.row.use if use.spec not in preferred)]
+        return (*map(Use, dict.fromkeys(preferred)), *(use for use in site.row.use if use.spec not in preferred))
 
-    def choose(self, site: Site, module: nn.Module, uses: Sequence[Use], run: Run | None) -> tuple[Choice, list[_Passed]]:
+    def choose(self, site: Site, module: nn.Module, uses: tuple[Use, ...], run: Run | None) -> tuple[Choice, list[_Passed]]:
+        """One mode. Equal modules are decided once; what is asked of each is whether something stands in the way there."""
         if run is None:
             return Choice(None, ((site.layer, f"only {modes.name(self.wish.mode or Mode(0))} was asked for"),)), []
+        which: object = uses if self.wish.prefer else id(site.row)
+        key = run, which, site.device, site.dtype, site.target, self.signature(site, module)
+        known = self.choices.setdefault(key, [])
+        for choice, passed, asked in known:
+            if all(self.obstacle(implementation, site, module) == why for implementation, why in asked):
+                return choice, passed
         allowed, passed = _allowed(uses, run)
+        asked = []
+        served: tuple[Implementation, Verdict] | tuple[None, None] = None, None
         for use in allowed:
-            found = self.judge(use, site, module, run)
+            found = self.judge(use, site, module, run, asked)
             if not isinstance(found, _Passed):
-                implementation, verdict = found
-                return Choice(implementation, tuple((p.spec, p.why) for p in passed), verdict), passed
+                served = found
+                break
             passed.append(found)
-        return Choice(None, tuple((p.spec, p.why) for p in passed)), passed
+        choice = Choice(served[0], tuple((p.spec, p.why) for p in passed), served[1])
+        known.append((choice, passed, asked))
+        return choice, passed
 
-    def judge(self, use: Use, site: Site, module: nn.Module, run: Run) -> tuple[Implementation, Verdict] | _Passed:
+    def judge(  # noqa: PLR0911  # one return for each reason to pass it over
+        self, use: Use, site: Site, module: nn.Module, run: Run, asked: _Asked
+    ) -> tuple[Implementation, Verdict] | _Passed:
         """One candidate against one site, cheapest question first."""
         why = table.misfit(use, site.device, self.machine)
         if why is not None:
@@ -188,9 +210,12 @@ class _Planner:
             return _Passed(UNABLE, use.spec, why)
         original = _original(site, module)
         fitted = self.fitted(implementation, original)
-        why = fitted if isinstance(fitted, str) else self.obstacle(fitted, site, module)
-        if isinstance(fitted, str) or why is not None:
-            return _Passed(TRIED, use.spec, why or "")
+        if isinstance(fitted, str):
+            return _Passed(TRIED, use.spec, fitted)
+        why = self.obstacle(fitted, site, module)
+        asked.append((fitted, why))
+        if why is not None:
+            return _Passed(TRIED, use.spec, why)
         verdict = self.prove(fitted, site, module, original, run)
         return (fitted, verdict) if verdict.accepted else _Passed(TRIED, use.spec, verdict.reason)
 
@@ -218,19 +243,28 @@ class _Planner:
         return self.fits[key]
 
     def obstacle(self, implementation: Implementation, site: Site, module: nn.Module) -> str | None:
-        replacing = id(module) in self.wish.replacing
-        if site.kind == "function":
-            return function_slot.obstacle(module, site.name, replacing=replacing)
-        return module_slot.obstacle(module, implementation.reads, replacing=replacing)
+        key = id(implementation), id(module), site.kind
+        if key not in self.obstacles:
+            replacing = id(module) in self.wish.replacing
+            self.obstacles[key] = (
+                function_slot.obstacle(module, site.name, replacing=replacing)
+                if site.kind == "function"
+                else module_slot.obstacle(module, implementation.reads, replacing=replacing)
+            )
+        return self.obstacles[key]
+
+    def signature(self, site: Site, module: nn.Module) -> object:
+        key = id(module), site.kind
+        if key not in self.signatures:
+            self.signatures[key] = signature(module, deep=site.kind == "module")
+        return self.signatures[key]
 
     def prove(
         self, implementation: Implementation, site: Site, module: nn.Module, original: Callable[..., Any], run: Run
     ) -> Verdict:
         if not site.row.probe:
             return _ON_REAL_TENSORS
-        if id(module) not in self.signatures:
-            self.signatures[id(module)] = signature(module)
-        subject = site.layer, site.name, site.device, site.dtype, original, self.signatures[id(module)]
+        subject = site.layer, site.name, site.device, site.dtype, original, self.signature(site, module)
         key = subject, implementation.origin.digest, implementation.layer, run
         if key not in self.verdicts:
             self.verdicts[key] = self.prover.equivalent(site, module, original, implementation, run)
@@ -278,19 +312,21 @@ def _one_reason(passed: Sequence[_Passed], site: Site) -> str:
 # -- what a verdict holds for -------------------------------------------------------------------------------------
 
 
-def signature(module: nn.Module) -> object:
+def signature(module: nn.Module, *, deep: bool = True) -> object:
     """What decides how a module computes, short of its weights' values: class, settings, shapes, and the same below it.
 
-    Two modules with equal signatures share a verdict. A layer's number does not count; a `config` counts as the object
-    that it is; other objects (caches, dicts) do not.
+    Two modules with equal signatures share a decision. A layer's number does not count; a `config` counts as the object
+    that it is; other objects (caches, dicts) do not. Not `deep`: settings alone, which is what a function may be told.
     """
     settings = tuple(
         (name, value if type(value) in _PLAIN else _setting(name, value))
         for name, value in vars(module).items()
         if name[0] != "_" and name not in _NOT_SETTINGS
     )
+    if not deep:
+        return sites.original(module), settings
     tensors = tuple(
-        (name, None if t is None else (tuple(t.shape), t.dtype, t.requires_grad))
+        (name, None if t is None else (t.shape, t.dtype, t.requires_grad))
         for held in (module._parameters, module._buffers)  # noqa: SLF001  # the public iterators walk the whole tree
         for name, t in held.items()
     )

@@ -122,14 +122,17 @@ class _Matcher:
     """Rows against modules. What depends on the class alone is asked once per class."""
 
     def __init__(self, module_rows: Sequence[Row], function_rows: Sequence[Row]) -> None:
-        self.module_rows, self.function_rows = module_rows, function_rows
+        self.module_rows = tuple((row, *_split(row)) for row in module_rows)
+        self.function_rows = tuple((row, *_split(row)) for row in function_rows)
         self.classes: dict[type[Any], tuple[str, tuple[tuple[int, Row], ...], tuple[tuple[Row, str, str], ...]]] = {}
 
     def claims(self, path: str, module: nn.Module) -> Iterator[Claim]:
-        cls = original(module)
-        if cls not in self.classes:
-            self.classes[cls] = (_qualified(cls), tuple(self._by_class(cls)), tuple(self._functions(cls)))
-        target, ranked, functions = self.classes[cls]
+        known = self.classes.get(type(module))
+        if known is None:
+            cls = original(module)
+            known = _qualified(cls), tuple(self._by_class(cls)), tuple(self._functions(cls))
+            self.classes[type(module)] = known
+        target, ranked, functions = known
         if ranked:
             claim = self._choose(path, module, target, ranked)
             if claim is not None:
@@ -142,11 +145,12 @@ class _Matcher:
         declared = layers.declared(cls)
         forward_of = next((c for c in cls.__mro__ if "forward" in vars(c)), cls)
         names = {cls.__name__, forward_of.__name__, _qualified(cls), _qualified(forward_of)}
-        for row in self.module_rows:
+        for row, plain, globs in self.module_rows:
             if declared is not None and declared == row.layer:
                 yield DECLARED, row
                 continue
-            fits = [_literal(glob) for glob in row.targets if any(fnmatchcase(name, glob) for name in names)]
+            fits = [len(name) for name in names & plain]
+            fits += [_literal(glob) for glob in globs if any(fnmatchcase(name, glob) for name in names)]
             if fits:
                 yield max(fits), row
 
@@ -179,17 +183,24 @@ class _Matcher:
     def _functions(self, cls: type[Any]) -> Iterator[tuple[Row, str, str]]:
         """`(row, global name, function)` for the functions that the class's forward looks up as globals."""
         forward = cls.forward
-        names = tuple(dict.fromkeys(_names(getattr(inspect.unwrap(forward), "__code__", None))))
-        for row in self.function_rows:
-            for name in names:
-                named = any(fnmatchcase(name, glob) for glob in row.targets)
-                if (named or _might_declare(forward, name, row)) and rebuild.looks_up(forward, name) is None:
-                    function = rebuild.found(forward, name)
-                    if named or _declares(function, row.layer):
-                        yield row, name, _qualified(function)
+        inner = inspect.unwrap(forward)
+        scope = getattr(inner, "__globals__", {})
+        for name in dict.fromkeys(_names(getattr(inner, "__code__", None))):
+            decorated = _decoration(scope.get(name))
+            for row, plain, globs in self.function_rows:
+                if decorated == row.layer or name in plain or any(fnmatchcase(name, glob) for glob in globs):
+                    if rebuild.looks_up(forward, name) is None:
+                        yield row, name, _qualified(rebuild.found(forward, name))
+                    break
 
 
 DECLARED = 1 << 16  # above any glob
+
+
+def _split(row: Row) -> tuple[frozenset[str], tuple[str, ...]]:
+    """The targets that are plain names, and those that are globs: most are names, and a set is quicker asked."""
+    plain = frozenset(target for target in row.targets if not set(target) & set("*?["))
+    return plain, tuple(target for target in row.targets if target not in plain)
 
 
 def _names(code: CodeType | None) -> Iterator[str]:
@@ -201,14 +212,10 @@ def _names(code: CodeType | None) -> Iterator[str]:
                 yield from _names(constant)
 
 
-def _might_declare(forward: Any, name: str, row: Row) -> bool:
-    """Cheaper than `rebuild.found`, which is asked afterwards: most globals of a module are not decorated."""
-    return _declares(getattr(inspect.unwrap(forward), "__globals__", {}).get(name), row.layer)
-
-
-def _declares(function: Any, layer: str) -> bool:
-    """A function decorated for kernels is an instance of a generated module class that carries the name."""
-    return getattr(type(function), "kernel_layer_name", None) == layer or getattr(function, "kernel_layer_name", None) == layer
+def _decoration(function: Any) -> str | None:
+    """A function decorated for kernels is an instance of a generated module class that carries the layer's name."""
+    found = getattr(type(function), "kernel_layer_name", None) or getattr(function, "kernel_layer_name", None)
+    return found if isinstance(found, str) else None
 
 
 def _literal(glob: str) -> int:
@@ -230,11 +237,19 @@ def _lacks(module: nn.Module, row: Row) -> str | None:
 
 def _has(module: nn.Module, need: str) -> bool:
     name, _, glob = need.partition("=")
-    value = getattr(module, name, None)
+    value = _attribute(module, name)
     if value is None or not glob:
         return value is not None
     cls = original(value) if hasattr(value, "named_modules") else type(value)
     return fnmatchcase(cls.__name__, glob)
+
+
+def _attribute(module: nn.Module, name: str) -> Any:
+    """An attribute of the module itself: what `__getattr__` of a wrapper hands through from inside does not count."""
+    for held in (vars(module), module._parameters, _children(module), module._buffers):  # noqa: SLF001  # see `_own`
+        if name in held:
+            return held[name]
+    return getattr(module, name, None) if hasattr(type(module), name) else None
 
 
 # -- the walk -----------------------------------------------------------------------------------------------------
