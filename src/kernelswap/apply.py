@@ -65,9 +65,11 @@ def apply(
     if len({id(m) for m in modules.values()}) < len(modules):
         raise PlanConflict("two paths of the plan lead to one module", todo="Plan with the sites that `sites.find` gives.")
     applied = Applied(tuple(outcomes))
+    shared: dict[Any, Any] = {}
     try:
         for path, numbered in swaps.items():
-            slot = module_slot.install(modules[path], [s for _, s in numbered], prover, every=every, compiled=compile)
+            given = [s for _, s in numbered]
+            slot = module_slot.install(modules[path], given, prover, every=every, compiled=compile, shared=shared)
             applied.add(_OnModule(slot))
             applied.follow({i: part for (i, _), part in zip(numbered, slot.parts, strict=True)})
     except BaseException:
@@ -88,10 +90,12 @@ def _every(check: str) -> int | None:
 
 
 def _module(model: nn.Module, path: str) -> nn.Module:
-    try:
-        return model.get_submodule(path)
-    except AttributeError as e:
-        raise KernelSwapError(f"the model has no module {path}: {e}", todo="Plan for this model again.") from e
+    module: nn.Module | None = model
+    for name in path.split(".") if path else ():
+        module = None if module is None else module._modules.get(name)  # noqa: SLF001  # `get_submodule` takes ten times as long
+    if module is None:
+        raise KernelSwapError(f"the model has no module {path}", todo="Plan for this model again.")
+    return module
 
 
 class _OnModule:

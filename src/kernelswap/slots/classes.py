@@ -84,28 +84,37 @@ def _trusted(slot: Slot, service: state.Service) -> bool:
 
 def place(slot: Slot, module: nn.Module) -> None:
     """Give `module` the class that it should have now. What wrapped it since stays around it."""
-    move(module, class_for(slot, module))
+    move(module, class_for_mode(slot, training=vars(module).get("training", True)))
 
 
 def unchecked(slot: Slot, module: nn.Module) -> Callable[..., Any]:
     """The forward of the class that the module has, or would have were its calls not checked."""
-    wanted = form_for(slot, training=module.training)._replace(checking=False, traced=False)
-    return cast(Callable[..., Any], _class(slot, wanted).forward)
+    return cast(Callable[..., Any], class_for_mode(slot, training=module.training, unchecked=True).forward)
 
 
-def class_for(slot: Slot, module: nn.Module) -> type[Any]:
-    """The class that the module should have now."""
-    wanted = form_for(slot, training=vars(module).get("training", True))
-    if not slot.classes:  # at installation: what the other mode needs must not fail later
-        _class(slot, form_for(slot, training=not vars(module).get("training", True)))
-    return _class(slot, wanted)
+def class_for_mode(slot: Slot, *, training: bool, unchecked: bool = False) -> type[Any]:
+    """The class that the module should have in a mode.
 
-
-def _class(slot: Slot, wanted: Form) -> type[Any]:
-    cls = slot.classes.get(wanted)
-    if cls is None:
-        cls = slot.classes[wanted] = make(wanted)
-    return cls
+    Found by what decides a form, without making one: this runs for every module at every `train()` and `eval()`.
+    """
+    key = (
+        training,
+        unchecked,
+        slot.base,
+        slot.counting,
+        *((p.swap.site.name, id(p.inference.choice.implementation), id(p.training.choice.implementation)) for p in slot.parts),
+        *((p.training if training else p.inference).standing for p in slot.parts),
+        *(bool(p.away) for p in slot.parts),
+        *(_trusted(slot, p.training if training else p.inference) for p in slot.parts if slot.compiled),
+    )
+    found = slot.classes.get(key)
+    if found is None:
+        wanted = form_for(slot, training=training)
+        after = make(wanted._replace(checking=False, traced=False))  # what cannot be made fails now, not after a verdict
+        cls = after if unchecked else make(wanted)
+        # with the implementations, so that no other one gets their ids
+        found = slot.classes[key] = cls, [(p.inference.kernel, p.training.kernel) for p in slot.parts]
+    return cast(type[Any], found[0])
 
 
 def move(module: nn.Module, cls: type[Any]) -> None:

@@ -11,11 +11,11 @@ from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any
 
 from ..errors import PlanConflict, UndoConflict
-from ..types import Choice, Prover, Swap
+from ..types import Prover, Swap
 from . import classes, rebuild, state
 from .check import Conduct
 from .forwards import Form
-from .state import Part, Service, Slot
+from .state import Part, Service, Slot, Standing
 
 if TYPE_CHECKING:
     import torch.nn as nn
@@ -27,7 +27,15 @@ def original(module: nn.Module) -> type[Any]:
     return type(module) if mine is None else classes.form(mine).base
 
 
-def install(module: nn.Module, swaps: Sequence[Swap], prover: Prover, *, every: int | None = 0, compiled: bool = False) -> Slot:
+def install(
+    module: nn.Module,
+    swaps: Sequence[Swap],
+    prover: Prover,
+    *,
+    every: int | None = 0,
+    compiled: bool = False,
+    shared: dict[Any, Any] | None = None,
+) -> Slot:
     """Swap `module`'s forward, or functions that it looks up, as the `swaps` say; all of them are for this module.
 
     Args:
@@ -36,6 +44,7 @@ def install(module: nn.Module, swaps: Sequence[Swap], prover: Prover, *, every: 
         prover: asked at the first call; at every n-th too where `every` is n > 0; never where it is None.
         every: see `prover`.
         compiled: compiled code may hold a kernel that was only proven on random tensors.
+        shared: one dict for everything that is installed together, with the same `every` and `compiled`.
 
     Raises:
         PlanConflict: two swaps for one place, or the module is swapped already. Nothing was changed.
@@ -44,21 +53,19 @@ def install(module: nn.Module, swaps: Sequence[Swap], prover: Prover, *, every: 
     path = swaps[0].site.path or "the model itself"
     if classes.ours(type(module)) is not None:
         raise PlanConflict(f"{path} is swapped already", todo="Undo that swap first.")
-    names = [(s.site.kind, s.site.name) for s in swaps]
-    if len(set(names)) < len(names):
+    if len(swaps) > 1 and len({(s.site.kind, s.site.name) for s in swaps}) < len(swaps):
         raise PlanConflict(f"two swaps claim {path}", todo="Leave one of them out.")
-    parts = tuple(Part(s, _service(s.inference, every), _service(s.training, every)) for s in swaps)
-    slot = Slot(type(module), parts, prover, CONDUCT, every=every, compiled=compiled)
-    cls = classes.class_for(slot, module)  # with this, the last thing that can fail is behind us
-    if "forward" in vars(module) and "_old_forward" not in vars(module):
-        slot.leftover = vars(module).pop("forward")
+    standing: Standing = "accepted" if every is None else "open"
+    parts = tuple(Part(s, Service(s.inference, standing), Service(s.training, standing)) for s in swaps)
+    shared = {} if shared is None else shared
+    slot = Slot(type(module), parts, prover, CONDUCT, every=every, compiled=compiled, classes=shared)
+    both = [classes.class_for_mode(slot, training=training) for training in (False, True)]  # all that can fail, now
+    held = vars(module)
+    if "forward" in held and "_old_forward" not in held:
+        slot.leftover = held.pop("forward")
     state.remember(module, slot)
-    object.__setattr__(module, "__class__", cls)
+    object.__setattr__(module, "__class__", both[held.get("training", True)])
     return slot
-
-
-def _service(choice: Choice, every: int | None) -> Service:
-    return Service(choice, "accepted" if every is None else "open")
 
 
 def conflict(slot: Slot) -> str | None:

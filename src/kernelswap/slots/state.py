@@ -95,8 +95,8 @@ class Part:
 
     def serving(self, *, training: bool) -> Implementation | None:
         """The kernel that may serve in this mode, checked or still to be; `None`: the original does."""
-        service = self.service(training=training)
-        kernel = service.kernel
+        service = self.training if training else self.inference
+        kernel = service.choice.implementation
         if self.away or kernel is None or service.standing == "refused" or (training and not kernel.backward):
             return None  # planned or not: without a backward nothing is ever live in training
         return kernel
@@ -141,19 +141,23 @@ class Slot:
         *,
         every: int | None,
         compiled: bool,
+        classes: dict[Any, Any],
     ) -> None:
         self.base, self.parts, self.prover, self.conduct = base, parts, prover, conduct
         self.every, self.compiled = every, compiled
         self.lock, self.busy, self.counting = threading.RLock(), False, False
         self.leftover: Any = None  # an instance attribute `forward` that only hid the class's own; put back by undo
         self.place: Place = parts[0].site.device, parts[0].site.dtype
-        self.classes: dict[Any, type[nn.Module]] = {}  # keeps both modes' classes alive: compiled code guards on them
+        self.classes = classes  # of all that was installed with this; keeps both modes' alive, for compiled code guards on them
         self.ref: weakref.ref[nn.Module] | None = None
 
     @property
     def module_part(self) -> Part | None:
         """The outcome for the module's forward."""
-        return next((p for p in self.parts if p.site.kind == "module"), None)
+        for part in self.parts:
+            if part.swap.site.kind == "module":
+                return part
+        return None
 
     @property
     def function_parts(self) -> tuple[Part, ...]:
@@ -176,8 +180,8 @@ class Slot:
         parts = tuple(
             Part(p.swap, dataclasses.replace(p.inference), dataclasses.replace(p.training), dict(p.away)) for p in self.parts
         )
-        twin = Slot(self.base, parts, self.prover, self.conduct, every=self.every, compiled=self.compiled)
-        twin.place, twin.classes = self.place, dict(self.classes)
+        twin = Slot(self.base, parts, self.prover, self.conduct, every=self.every, compiled=self.compiled, classes=self.classes)
+        twin.place = self.place
         return twin
 
 
