@@ -26,12 +26,11 @@ from . import table as tables
 from .apply import Applied, apply
 from .errors import TableError
 from .plan import NotAsked, Wish
-from .provider import Build, Provider
+from .provider import Build, Provider, Terms
 from .slots import module as module_slot
 from .store import Store
 from .types import (
     Implementation,
-    Kernel,
     Machine,
     Mode,
     Outcome,
@@ -66,7 +65,7 @@ class Swapper(Provider):
         self,
         *,
         sources: Mapping[str, Source] | None = None,
-        verifiers: Sequence[Verifier] = (),
+        verifiers: Sequence[Verifier] | None = None,
         machine: Machine | None = None,
         store: Store | None = None,
         table: Sequence[Row] | None = None,
@@ -109,6 +108,7 @@ class Swapper(Provider):
         mode: Mode | None = None,
         hub: bool = False,
         build: Build = "background",
+        trust: bool | Sequence[str] = False,
         progress: Progress | None = None,
     ) -> tuple[Outcome, ...]:
         """What `swap` with these arguments would do; the model is not touched. Kernels are fetched, loaded and proved.
@@ -120,7 +120,7 @@ class Swapper(Provider):
             Tampered: bytes of a kernel differ from what was verified before.
             Refused: a kernel that the arguments name was refused.
         """
-        over = _rows(table)
+        over, terms = _rows(table), Terms(build, trust, progress)
         base = self.table if inherit else tuple(replace(row, use=()) for row in self.table)
         preferred = {glob: (specs,) if isinstance(specs, str) else tuple(specs) for glob, specs in (prefer or {}).items()}
         named = {use.spec for row in over for use in row.use} | {s for specs in preferred.values() for s in specs}
@@ -140,7 +140,7 @@ class Swapper(Provider):
             def provide(text: str, device: str, kind: SiteKind) -> Implementation:
                 if text not in named and not hub and self._is_remote(text):
                     raise NotAsked("is on the hub, and nothing is fetched unless you ask: hub=True")
-                return self.provide(text, device, kind, build=build, progress=progress)
+                return self.provide(text, device, kind, terms=terms)
 
             verdicts = self._verdicts.setdefault(model, {})
             return planning.plan(model, found, provide, self.prover, machine=self.machine, wish=wish, verdicts=verdicts)
@@ -157,7 +157,7 @@ class Swapper(Provider):
                 first. `mode`: `None` serves training and inference, live. `hub`: kernels of the table that are on the hub
                 may be fetched; those that you name yourself always may. `build`: bundled kernels that are not compiled yet
                 are compiled in the `background` (the original serves meanwhile), or you `wait` for it, or `never`.
-                `progress`: told about the compiling.
+                `trust`: publishers that you vouch for. `progress`: told about downloads and compiling.
 
         Raises:
             Required: a site that `require` names stays as it is; every reason is listed.
@@ -253,19 +253,9 @@ def find(text: str, *, machine: Machine | str | None = None, device: str | None 
     return default().find(text, machine=machine, device=device)
 
 
-def load(text: str, *, device: str | None = None) -> ModuleType:
+def load(text: str, *, device: str | None = None, trust: bool | Sequence[str] = False) -> ModuleType:
     """`Swapper.load` of the default Swapper."""
-    return default().load(text, device=device)
-
-
-def kernel(text: str, *, device: str | None = None) -> Kernel:
-    """`Swapper.kernel` of the default Swapper."""
-    return default().kernel(text, device=device)
-
-
-def provide(text: str, device: str = "cpu", kind: SiteKind = "module") -> Implementation:
-    """`Swapper.provide` of the default Swapper."""
-    return default().provide(text, device, kind)
+    return default().load(text, device=device, trust=trust)
 
 
 def plan(model: nn.Module, **wanted: Any) -> tuple[Outcome, ...]:

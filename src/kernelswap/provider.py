@@ -8,10 +8,12 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Literal
+
+import platformdirs
 
 from . import build as building
 from . import layers, loader, render, spec
@@ -25,6 +27,7 @@ from .sources.dependencies import Node, tree
 from .sources.directory import DirectorySource
 from .sources.environment import Environment
 from .sources.hub import HubSource
+from .sources.hub_client import HubClient
 from .sources.overrides import Overrides
 from .store import Store
 from .types import (
@@ -41,10 +44,26 @@ from .types import (
     Source,
     Verifier,
 )
+from .verifiers.policy import PolicyVerifier
+from .verifiers.policy import read as read_policy
+from .verifiers.publisher import Publishers, PublisherVerifier
+from .verifiers.signature import SignatureVerifier
 
 Build = Literal["background", "wait", "never"]
 MEMOISED = {"hub", "bundled"}
 """Sources whose kernels do not change under their names while a process runs. A directory may be edited."""
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What one call allows and wants to hear."""
+
+    build: Build = "wait"
+    """A bundled kernel that is not compiled yet: compile it in the `background` (BuildFailed until it is there), `wait`, `never`."""
+    trust: bool | Sequence[str] = False
+    """Publishers that the call vouches for: `org`, `org/kernel`; True: whatever it asks for. A policy may say no all the same."""
+    progress: Progress | None = None
+    """Told about downloads and compiling."""
 
 
 class Provider:
@@ -52,7 +71,8 @@ class Provider:
 
     Args, all optional; what is left out comes from the environment and this machine:
         sources: by the name that a spec uses (`hub`, `dir`, `bundled`).
-        verifiers: on top of contents and digests, which are always verified.
+        verifiers: on top of contents and digests, which are always verified; default: what the policy files of the working
+            directory and of the user ask for.
         machine: what to choose for.
         store: where verified kernels are kept.
         cache: the directory of store, compiled kernels and verdicts; ignored for what is given itself.
@@ -65,7 +85,7 @@ class Provider:
         self,
         *,
         sources: Mapping[str, Source] | None = None,
-        verifiers: Sequence[Verifier] = (),
+        verifiers: Sequence[Verifier] | None = None,
         machine: Machine | None = None,
         store: Store | None = None,
         cache: Path | None = None,
@@ -75,12 +95,12 @@ class Provider:
         environment = replace(environment, cache=cache or environment.cache, offline=offline or environment.offline)
         self.environment = environment
         self.sources = dict(_sources(environment, self._tell) if sources is None else sources)
-        self.verifiers = tuple(verifiers)
+        self.verifiers = tuple(_verifiers(environment, self.sources.get("hub")) if verifiers is None else verifiers)
         self.store = store or Store(environment.cache)
         self._machine = machine
         self._lock = threading.RLock()
         self._background = Background()
-        self._progress: Progress | None = None  # of the call that holds the lock
+        self._terms = Terms()  # of the call that holds the lock
         self._kernels: dict[tuple[Requirement, str | None], Kernel] = {}
         self._implementations: dict[tuple[str, str, SiteKind], Implementation] = {}
 
@@ -108,7 +128,7 @@ class Provider:
         here = machines.override(self.machine, machine) if isinstance(machine, str) else machine or self.machine
         return self._resolve(spec.parse(text), _machine_for(here, device), device)
 
-    def kernel(self, text: str, *, device: str | None = None, build: Build = "wait", progress: Progress | None = None) -> Kernel:
+    def kernel(self, text: str, *, device: str | None = None, terms: Terms | None = None) -> Kernel:
         """The kernel, fetched, verified and imported, what it depends on before it.
 
         Raises:
@@ -119,37 +139,25 @@ class Provider:
         with self._lock:
             known = self._kernels.get((requirement, device))
             if known is None:
-                machine = _machine_for(self.machine, device)
-                self._progress = progress
-                try:
-                    artifact = self._artifact(self._node(requirement, machine, device, build, progress))
-                finally:
-                    self._progress = None
+                self._terms = terms or Terms()
+                artifact = self._artifact(self._node(requirement, _machine_for(self.machine, device), device))
                 known = loader.load(artifact, reverify=self.store.reverify)
                 if artifact.candidate.source in MEMOISED:
                     self._kernels[requirement, device] = known
             return known
 
-    def load(self, text: str, *, device: str | None = None) -> ModuleType:
-        """The module of `kernel`. A layer that the text names must be there, and changes nothing else.
+    def load(self, text: str, *, device: str | None = None, trust: bool | Sequence[str] = False) -> ModuleType:
+        """The module of `kernel`. A layer that the text names must be there, and changes nothing else. `trust`: see `Terms`.
 
         Raises:
             UnknownKernel: it has no such layer; also what `kernel` raises.
         """
-        kernel, layer = self.kernel(text, device=device), spec.parse(text).layer
+        kernel, layer = self.kernel(text, device=device, terms=Terms(trust=trust)), spec.parse(text).layer
         if layer is not None:
             layers.implementation(kernel, layer)
         return kernel.module
 
-    def provide(
-        self,
-        text: str,
-        device: str = "cpu",
-        kind: SiteKind = "module",
-        *,
-        build: Build = "wait",
-        progress: Progress | None = None,
-    ) -> Implementation:
+    def provide(self, text: str, device: str = "cpu", kind: SiteKind = "module", *, terms: Terms | None = None) -> Implementation:
         """The layer or function that the text names, for modules on `device`.
 
         Raises:
@@ -163,7 +171,7 @@ class Provider:
             layer = spec.parse(text).layer
             if layer is None:
                 raise SpecError("a layer must be named", text=text, span=(len(text), len(text)), todo=f"{text}:RMSNorm, say")
-            kernel = self.kernel(text, device=device, build=build, progress=progress)
+            kernel = self.kernel(text, device=device, terms=terms)
             found = layers.function(kernel, layer) if kind == "function" else layers.implementation(kernel, layer)
             if kernel.artifact.candidate.source in MEMOISED:
                 self._implementations[text, device, kind] = found
@@ -193,8 +201,8 @@ class Provider:
 
     def _tell(self, step: str, done: float, total: float) -> None:
         """What the hub reports goes to whoever asked for the kernel."""
-        if self._progress is not None:
-            self._progress(step, done, total)
+        if self._terms.progress is not None:
+            self._terms.progress(step, done, total)
 
     def _resolve(self, requirement: Requirement, machine: Machine, device: str | None) -> Resolution:
         source = self._source(requirement)
@@ -211,12 +219,10 @@ class Provider:
             )
         return self.sources[requirement.source]
 
-    def _node(
-        self, requirement: Requirement, machine: Machine, device: str | None, build: Build, progress: Progress | None
-    ) -> Node:
+    def _node(self, requirement: Requirement, machine: Machine, device: str | None) -> Node:
         def find(wanted: Requirement) -> Resolution:
             found = self._resolve(wanted, machine, device)
-            if found.chosen is None and wanted.source == "bundled" and self._compiled(wanted, machine, build, progress):
+            if found.chosen is None and wanted.source == "bundled" and self._compiled(wanted, machine):
                 found = self._resolve(wanted, machine, device)
             if found.chosen is None:
                 raise _no_variant(found)
@@ -229,7 +235,9 @@ class Provider:
         chosen, metadata = node.resolution.chosen, node.resolution.metadata
         assert chosen is not None and metadata is not None  # noqa: PT018  # `_node` raised otherwise
         source = self._source(node.resolution.requirement)
-        return self.store.materialize(chosen, metadata, source, self.verifiers, below)
+        trust = self._terms.trust
+        verifiers = [replace(v, trust=trust) if trust and isinstance(v, PublisherVerifier) else v for v in self.verifiers]
+        return self.store.materialize(chosen, metadata, source, verifiers, below)
 
     # -- compiling what came with us
 
@@ -242,7 +250,7 @@ class Provider:
         file = building.sources(root)
         return None if file is None else building.misfit(file, machine) or (root, machine, source.compiled(name))
 
-    def _compiled(self, requirement: Requirement, machine: Machine, build: Build, progress: Progress | None) -> bool:
+    def _compiled(self, requirement: Requirement, machine: Machine) -> bool:
         """Whether it has been compiled now.
 
         Raises:
@@ -251,6 +259,7 @@ class Provider:
         job = self._buildable(requirement.name, machine)
         if job is None or isinstance(job, str):
             return False  # the builds and their reasons say it all
+        build = self._terms.build
         if build == "never":
             raise BuildFailed("is not compiled on this machine yet", todo="`kernelswap build` does it, or build='wait'.")
         if building.compiler() is None:
@@ -258,7 +267,7 @@ class Provider:
                 "is compiled on the machine, and there is no C++ compiler", todo="Install g++ or clang++, or set CXX."
             )
         if build == "wait":
-            building.compile(*job, progress=progress)
+            building.compile(*job, progress=self._terms.progress)
             return True
         begun = self._background.start(*job)
         if begun.failed is not None:
@@ -282,6 +291,17 @@ def _sources(environment: Environment, progress: Progress) -> dict[str, Source]:
     root = Path(__file__).parent / "bundled"
     bundled = BundledSource(root, environment.cache / "built", building.source_digest)
     return {"hub": hub, "dir": DirectorySource(), "bundled": bundled}
+
+
+def _verifiers(environment: Environment, hub: Source | None) -> list[Verifier]:
+    """What the policy files ask for. A hub of our own making is asked whom it trusts, unless this is offline."""
+    policy = read_policy(Path.cwd(), platformdirs.user_config_path("kernelswap"))
+    source = hub.source if isinstance(hub, Overrides) else hub
+    ask = None
+    if isinstance(source, HubSource) and not environment.offline:
+        ask = HubClient(source.endpoint.rstrip("/"), source.token, source.timeout).trusts
+    publishers = PublisherVerifier(Publishers(environment.cache / "publishers", ask), policy)
+    return [PolicyVerifier(policy), publishers, SignatureVerifier(policy)]
 
 
 def _machine_for(machine: Machine, device: str | None) -> Machine:
