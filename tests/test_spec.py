@@ -95,6 +95,8 @@ BAD = [
     ("org/repo@", "@", "the version after `@` is empty", "write `@1`"),
     ("org/repo@:L", "@", "the version after `@` is empty", "write `@1`"),
     ("org/repo@1@2", "@", "a second `@`", "one version"),
+    ("org/repo@@1", "@", "a second `@`", "one version"),
+    ("org/repo@1::L", ":L", "a second `:`", "`outer.Inner`"),
     ("org/repo@1,2", ",", "neither a revision nor constraints", "begin with an operator: `@>=1`"),
     ("org/repo@2.0<3.0", "<", "neither a revision nor constraints", "`@>=2.0`"),
     ("org/repo@,2", ",", "neither a revision nor constraints", None),
@@ -146,6 +148,7 @@ BAD = [
     ("paged|eager", "eager", "here one half is missing", None),
     ("https://huggingface.co/kernels/org/repo", "https://", "this is a URL", "write `org/repo`"),
     ("https://huggingface.co/org/repo/tree/v1", "https://", "this is a URL", "write `org/repo`"),
+    ("https://huggingface.co/repo", "https://", "this is a URL", "write `org/name`"),
     ("https://huggingface.co", "https://", "this is a URL", "write `org/name`"),
     ("hub2://org/repo", "hub2", "there is no source `hub2`", "did you mean `hub://`?"),
     ("HUB://org/repo", "HUB", "there is no source `HUB`", "did you mean `hub://`?"),
@@ -168,10 +171,23 @@ def test_the_caret_is_under_what_does_not_belong(text, under, found, todo):
     assert caret == "    " + " " * start + "^" * (end - start)
 
 
+def test_the_limits_are_inclusive():
+    path = "/" + "a" * 4095
+    assert parse(path).name == path
+    assert parse("org/" + "b" * 96).name == "org/" + "b" * 96
+    assert parse("org/repo@999999999").version == 999_999_999
+    with pytest.raises(SpecError):
+        parse(path + "a")
+    with pytest.raises(SpecError):
+        parse("org/repo@1000000000")
+
+
 def test_an_endless_text_is_shown_in_part():
     with pytest.raises(SpecError) as e:
         parse("a/" + "b" * 100_000)
     assert "100002 characters, at most 4096 are read" in e.value.reason
+    assert e.value.text == "a/" + "b" * 58 + "..."
+    assert e.value.text[slice(*e.value.span)] == "..."
     assert len(str(e.value)) < 300
 
 

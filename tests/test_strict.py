@@ -61,6 +61,16 @@ def test_a_number_of_many_digits_is_refused_and_not_converted():
         read("[" + "9" * 9000 + "]")
 
 
+def test_the_limits_are_inclusive():
+    longest = "x" * strict.MAX_STRING
+    assert read(json.dumps([longest])) == [longest]
+    assert read(b" " * 9_998 + b"[]") == []
+    with pytest.raises(BadMetadata) as e:
+        strict.fail((f"problem {i}" for i in range(20)), what="x")
+    assert len(e.value.found.splitlines()) == 20
+    assert strict.quote("x" * 78) == repr("x" * 78)
+
+
 def test_sixteen_levels_are_read():
     assert read(b"[" * 16 + b"]" * 16) is not None
 

@@ -179,6 +179,11 @@ def test_a_spec_that_both_name_has_the_new_place_and_conditions():
     assert merged[0].use == (Use("b/b:N", on=("cuda",)), Use("a/a:N"))
 
 
+def test_a_row_may_replace_what_the_known_one_says():
+    (merged, _) = table.merge(BASE, (Row("RMSNorm", targets=("Mine",), needs=(("scale",),), probe="mlp"),))
+    assert (merged.targets, merged.needs, merged.probe) == (("Mine",), (("scale",),), "mlp")
+
+
 def test_a_layer_is_turned_off_and_on_again_and_stays_known():
     off = table.merge(BASE, (Row("RMSNorm", off=True, note="slow here"),))
     assert off[0].off
@@ -222,6 +227,8 @@ ROCM = Machine(**LINUX, backend="rocm", devices=(Device("rocm", 0, "MI300X", Non
         (("cuda:sm80",), "cuda:1", CUDA, False),
         (("cuda:sm80+",), "cuda:1", CUDA, True),
         (("cuda:sm90+",), "cuda:0", CUDA, False),
+        (("cuda:sm80",), "cuda:0", CUDA, True),
+        (("cuda:sm80+",), "cuda:0", CUDA, True),
         (("cuda:sm100", "cuda:sm90"), "cuda:1", CUDA, True),
         (("cuda:sm90",), "cuda:2", CUDA, False),  # nobody knows what it can do
         (("cuda:sm90",), "cuda:7", CUDA, False),
