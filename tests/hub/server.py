@@ -57,6 +57,8 @@ class Hub:
         self.log: list[tuple[str, str, dict[str, str]]] = []
         """(method, path, headers) of every request."""
         self.tokens = {"hf_good"}
+        self.elsewhere = None
+        """Where `Link` headers point to instead of here."""
         self._blobs: dict[str, bytes] = {}
 
     # -- what it holds
@@ -189,7 +191,7 @@ class Hub:
         headers = {}
         if start + self.page < len(entries):
             query = urllib.parse.urlencode({**request.query_params, "cursor": start + self.page})
-            headers["Link"] = f'<{self.url}{request.scope["raw_path"].decode()}?{query}>; rel="next"'
+            headers["Link"] = f'<{self.elsewhere or self.url}{request.scope["raw_path"].decode()}?{query}>; rel="next"'
         return JSONResponse(entries[start : start + self.page], headers=headers)
 
     def _open(self, request, kind, name):
@@ -222,7 +224,7 @@ class Hub:
         if not is_lfs(path, data):
             return self._bytes(request, data, headers, fault)
         sha = hashlib.sha256(data).hexdigest()
-        self._blobs[sha] = data if not (fault and fault.kind == "corrupt") else _corrupt(data)
+        self._blobs[sha] = data
         # Another host name is another origin, as the real hub's CDN is: the client must drop its token there.
         headers |= {
             "Location": f"http://localhost:{self.port}/lfs/{sha}",

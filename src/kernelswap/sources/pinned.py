@@ -30,7 +30,7 @@ class Pinned:
         """The builds at the locked commit; of an entry that lists builds, those.
 
         Raises:
-            UnknownKernel: the lock does not name it (when strict), or names it for another version.
+            UnknownKernel: the lock does not name it (when strict), names it for another version, or what is there redirects.
         """
         entry = self.lock.find(requirement.name, requirement)
         if entry is None:
@@ -40,6 +40,12 @@ class Pinned:
             raise self._unlocked(requirement)
         at = replace(requirement, version=None, constraints=None, revision=entry.commit, text=None)
         found, notes = self.source.find(at)
+        if moved := next((c for c in found if c.commit != entry.commit), None):
+            raise UnknownKernel(
+                f"that commit redirects to {moved.name} at {moved.commit}",
+                asked=f"looking for {requirement}, locked at {entry.commit}",
+                todo=f"lock {moved.name} instead",
+            )
         locked = {b.variant for b in entry.builds}
         kept = tuple(replace(c, requirement=requirement) for c in found if not locked or c.variant in locked)
         return kept, (*notes, f"locked at {entry.commit}")
