@@ -169,7 +169,7 @@ def _class_problems(cls: type[Any]) -> Iterator[str]:
     if not issubclass(cls, nn.Module):
         yield "is not a subclass of nn.Module"
         return
-    if cls.__init__ is not nn.Module.__init__:
+    if cls.__init__ is not nn.Module.__init__ or cls.__new__ is not nn.Module.__new__ or type(cls) is not type(nn.Module):
         yield "has a constructor; it never runs, so a layer has none"
     extra = sorted(name for name in set(dir(cls)) - set(dir(nn.Module)) - set(_MARKS) if not name.startswith("_"))
     if extra:

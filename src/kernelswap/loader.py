@@ -284,9 +284,15 @@ class _Finder:
         path: Sequence[str] | None = None,  # noqa: ARG002  # the import system's signature
         target: ModuleType | None = None,  # noqa: ARG002
     ) -> importlib.machinery.ModuleSpec | None:
+        """Raises for a module that a kernel does not have, so that nobody else looks for it in the artifact's directory."""
         top, _, inside = name.partition(".")
         package = self.packages.get(top)
-        return package.spec(name, inside) if package is not None else None
+        if package is None:
+            return None
+        spec = package.spec(name, inside)
+        if spec is None:
+            raise ModuleNotFoundError(f"{_named(package.artifact)} has no module {inside}", name=name)
+        return spec
 
     def invalidate_caches(self) -> None:
         """There is none."""

@@ -43,7 +43,7 @@ from .verifiers.digest import DigestVerifier
 
 _log = logging.getLogger(__name__)
 
-_ALWAYS: tuple[Verifier, ...] = (ContentsVerifier(), DigestVerifier())
+_CONTENTS, _DIGESTS = ContentsVerifier(), DigestVerifier()
 _LOCK_SECONDS = 1800.0  # a slow download of a large build; past it the holder is named, not waited for
 _RENAME_TRIES = 5
 _MOMENT = 60 * 60.0  # a staging directory without a lock file is somebody's only this long, in seconds
@@ -129,9 +129,14 @@ class Store:
                     if last or isinstance(e, KernelSwapError) or staged.exists():
                         raise
                     continue  # the cache was deleted under us: once more, from the start
+                # Alone and first: what it refuses (links, fifos, bombs) must not be opened by anything else.
+                evidence = _verify((_CONTENTS,), candidate, metadata, staged)
                 _seal(staged)
-                evidence = _verify((*_ALWAYS, *verifiers), candidate, metadata, staged)
+                before = _states(staged)
+                evidence += _verify((_DIGESTS, *verifiers), candidate, metadata, staged)
                 files = tree.hashes(staged)
+                if _states(staged) != before:  # what was verified and what was hashed must be the same bytes
+                    raise Refused("files changed while they were verified", asked=str(candidate.requirement))
                 digest = tree.digest_of(files)
                 final = self._publish(staged, digest)
                 self._write_manifest(digest, files)
@@ -181,17 +186,29 @@ class Store:
         Raises:
             Refused: one of `verifiers` (policies of this call) says no to what is here.
         """
-        value = _read_json(self._index(record.key(candidate)))
-        try:
-            artifact = self._from_record(candidate, value) if value is not None else None
-        except (ValueError, OSError):
-            return None  # damaged, from another version, or half deleted: as good as absent, and replaced on the next fetch
+        artifact = self._read(candidate, {})
         if artifact is not None and verifiers:
             evidence = _verify(verifiers, candidate, artifact.metadata, artifact.path)
             return replace(artifact, evidence=_merge(artifact.evidence, evidence))
         return artifact
 
-    def _from_record(self, candidate: Candidate, value: Mapping[str, Any]) -> Artifact | None:
+    def _read(self, candidate: Candidate, read: dict[str, Artifact | None]) -> Artifact | None:
+        """From its record. `read` is what has been read for this answer, `None` also for what is being read: a record in a
+        circle is damaged, and a diamond is read once. Damaged, from another version, half deleted: as good as absent, and
+        replaced by the next fetch.
+        """
+        key = record.key(candidate)
+        if key in read:
+            return read[key]
+        read[key] = None
+        value = _read_json(self._index(key))
+        try:
+            read[key] = self._from_record(candidate, value, read) if value is not None else None
+        except (ValueError, OSError, RecursionError):
+            return None
+        return read[key]
+
+    def _from_record(self, candidate: Candidate, value: Mapping[str, Any], read: dict[str, Artifact | None]) -> Artifact | None:
         digest = record.digest(value, candidate)
         path = self.cache / "artifacts" / digest
         if not path.is_dir():
@@ -199,10 +216,13 @@ class Store:
         metadata = record.metadata(value)
         if metadata is None:  # from the artifact itself: its bytes are covered by the digest, a copy would not be
             metadata = _parse((path / "metadata.json").read_bytes(), candidate.name)
-        depends = [self.known(below) for below in record.depends(value)]
-        if None in depends:
-            return None
-        return Artifact(candidate, path, digest, metadata, record.evidence(value), tuple(a for a in depends if a is not None))
+        depends = []
+        for named in record.depends(value):
+            below = self._read(named, read)
+            if below is None:
+                return None
+            depends.append(below)
+        return Artifact(candidate, path, digest, metadata, record.evidence(value), tuple(depends))
 
     def reverify(self, artifact: Artifact) -> Mapping[str, str]:
         """`{path: hex sha256}` of the artifact's files, each hashed now or proven unchanged since it was hashed.
@@ -446,8 +466,6 @@ def _verify(verifiers: Sequence[Verifier], candidate: Candidate, metadata: Metad
             evidence.append(verifier.check(candidate, metadata, root))
         except Refused as e:  # noqa: PERF203  # a handful of verifiers, each heard
             problems.append(e)
-            if isinstance(verifier, ContentsVerifier):
-                break  # what it refuses (links, fifos, bombs) must not be opened by the next
     _raise(problems, candidate)
     return tuple(evidence)
 
@@ -529,6 +547,10 @@ def _seal(root: Path) -> None:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
+
+
+def _states(root: Path) -> dict[str, tuple[int, int, int, int]]:
+    return {path: (f.st_ino, f.st_size, f.st_mtime_ns, f.st_ctime_ns) for path, f in tree.walk(root)}
 
 
 def _only_ours(found: os.stat_result) -> bool:
