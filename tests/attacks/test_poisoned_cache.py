@@ -197,11 +197,11 @@ JSON = st.recursive(
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=300)
 @given(data=st.data())
 def test_any_change_to_a_record_gives_the_kernel_nothing_or_a_declared_error(world, data):
-    build = world.root / "repo"
-    if not build.exists():
-        write(build, {"__init__.py": "V = 1\n"})
-    artifact = world.put(build)
-    value = json.loads(index(world).read_text())
+    honest = world.root / "honest.json"
+    if not honest.exists():
+        world.put(world.build({"__init__.py": "V = 1\n"}))
+        index(world).rename(honest)
+    value = json.loads(honest.read_text())
     target = changed = copy.deepcopy(value)
     for _ in range(data.draw(st.integers(0, 2))):
         inner = [k for k, v in target.items() if isinstance(v, dict)]
@@ -213,8 +213,6 @@ def test_any_change_to_a_record_gives_the_kernel_nothing_or_a_declared_error(wor
     try:
         found = world.store.known(candidate())
         assert found is None or world.store.reverify(found)
-        assert found is None or found.metadata == artifact.metadata
         world.store.entries()
     except KernelSwapError:
         pass
-    index(world).unlink()
