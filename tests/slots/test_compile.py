@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tests.slots import parts
 from tests.slots.parts import (
     Block,
     Model,
@@ -189,6 +190,17 @@ def test_a_swapped_function_is_compiled_in_once_proven(check, as_part):
     assert torch.equal(fast(X), plain + 1)
     applied.undo()
     assert torch.equal(fast(X), plain)
+
+
+def test_compiled_code_guards_on_the_function_that_it_holds_and_not_on_the_one_of_that_name(monkeypatch):
+    counter = torch._dynamo.testing.CompileCounter()
+    module = Scaled(8).eval()
+    apply(module, [swap("", kernel(scale_kernel, kind="function"), name="scale")], Prover(), check="off")
+    fast = torch.compile(torch.nn.Sequential(module), fullgraph=True, backend=counter)
+    first = fast(X)
+    monkeypatch.setattr(parts, "scale", lambda x, by: x)
+    assert torch.equal(fast(X), first)
+    assert counter.frame_count == 1
 
 
 def test_a_function_that_is_not_compile_safe_gives_way_inside_a_graph_only():

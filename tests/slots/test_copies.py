@@ -137,7 +137,7 @@ def test_functional_call_reaches_the_kernel_with_the_given_weights():
 @pytest.mark.parametrize("check", ["off", "first-use"])
 def test_torch_func_transforms_go_through(check):
     prover = Prover()
-    module, _ = swapped(implementation=kernel(rms_norm_kernel), check=check, prover=prover)
+    module, applied = swapped(implementation=kernel(rms_norm_kernel), check=check, prover=prover)
     plain, weights = RMSNorm(8), dict(module.named_parameters())
 
     def loss(weights, x, m=module):
@@ -147,3 +147,6 @@ def test_torch_func_transforms_go_through(check):
     theirs = torch.func.vmap(torch.func.grad(lambda w, x: loss(w, x, plain)), in_dims=(None, 0))(weights, X)
     assert torch.allclose(ours["weight"], theirs["weight"], atol=1e-5)
     assert prover.calls == []  # nothing there could be compared; the verdict stays open
+    assert applied.refusals == ()
+    module(X)
+    assert type(module).forward is rms_norm_kernel

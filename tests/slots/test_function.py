@@ -213,6 +213,8 @@ def test_the_innermost_function_is_reached_and_every_decorator_stays():
         assert torch.equal(out, X * 2.0 + 1 + 100 + 10)
         assert not out.requires_grad
     assert torch.equal(Decorated()(X), plain)
+    unwrapped = inspect.unwrap(type(module).forward)
+    assert unwrapped.__closure__ is None or unwrapped.__globals__.get("scale", scale_kernel) is not scale
     applied.undo()
     assert torch.equal(module(X), plain)
 
