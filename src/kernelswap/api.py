@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -24,7 +24,7 @@ from . import plan as planning
 from . import render, sites, spec
 from . import table as tables
 from .apply import Applied, apply
-from .errors import TableError
+from .errors import TableError, UndoConflict
 from .plan import NotAsked, Wish
 from .provider import Build, Provider, Terms
 from .slots import module as module_slot
@@ -40,6 +40,7 @@ from .types import (
     Row,
     SiteKind,
     Source,
+    Swap,
     Use,
     Verdict,
     Verifier,
@@ -51,6 +52,8 @@ if TYPE_CHECKING:
 Table = Sequence[Row] | Mapping[str, Any]
 """Rows; or `{layer: spec}`, where instead of a spec there may be several in order of preference, `{device: spec}`, or `""`
 for "leave it alone"."""
+DEVICES = {"": "", "metal": "mps", "cann": "npu", **{d: d for d in ("cpu", "cuda", "rocm", "xpu", "npu", "mps", "tpu", "neuron")}}
+"""What a mapping may call a device, and what a table does."""
 
 
 class Swapper(Provider):
@@ -120,12 +123,12 @@ class Swapper(Provider):
             Tampered: bytes of a kernel differ from what was verified before.
             Refused: a kernel that the arguments name was refused.
         """
-        over, terms = _rows(table), Terms(build, trust, progress)
+        over, terms = _rows(table, {row.layer for row in self.table}), Terms(build, trust, progress)
         base = self.table if inherit else tuple(replace(row, use=()) for row in self.table)
         preferred = {glob: (specs,) if isinstance(specs, str) else tuple(specs) for glob, specs in (prefer or {}).items()}
         named = {use.spec for row in over for use in row.use} | {s for specs in preferred.values() for s in specs}
         with self._lock:
-            former = self._applied.get(model)
+            former = self.applied(model)
             wish = Wish(
                 mode=modes.wanted(mode) if mode is not None else None,
                 prefer=preferred,
@@ -167,7 +170,7 @@ class Swapper(Provider):
         with self._lock:
             outcomes = self.plan(model, **wanted)
             planning.require(outcomes, (require,) if isinstance(require, str) else tuple(require))
-            former = self._applied.get(model)
+            former = self.applied(model)
             if former is not None:
                 former.undo()
             compiled = Mode.TORCH_COMPILE in (wanted.get("mode") or Mode(0))
@@ -186,21 +189,29 @@ class Swapper(Provider):
             UndoConflict: something wrapped a module after the swap; nothing was changed.
         """
         with self._lock:
-            applied = self._applied.get(model)
+            applied = self._applied.pop(model, None)
             if applied is not None:
-                applied.undo()
-                del self._applied[model]
+                try:
+                    applied.undo()
+                except UndoConflict:
+                    self._applied[model] = applied
+                    raise
             for module in list(module_slot.swapped(model)):
                 module_slot.release(module)
             return model
 
     def applied(self, model: nn.Module) -> Applied | None:
         """The handle of the last swap of `model`, if that is still in place."""
-        return self._applied.get(model)
+        with self._lock:
+            applied = self._applied.get(model)
+            if applied is not None and any(isinstance(o, Swap) for o in applied.outcomes) and not any(applied.modules()):
+                del self._applied[model]  # by its own `undo`
+                return None
+            return applied
 
     def explain(self, model: nn.Module, *, long: bool = False) -> str:
         """What serves each site of `model` and why; for a model that is not swapped, what `swap` would do now."""
-        applied = self._applied.get(model)
+        applied = self.applied(model)
         if applied is not None:
             return applied.explain(long=long)
         outcomes = self.plan(model, build="never")
@@ -211,13 +222,14 @@ class Swapper(Provider):
         return requirement.source == "hub" and requirement.name not in dict(self.environment.local_kernels)
 
 
-def _rows(given: Table | None) -> tuple[Row, ...]:
-    """Rows as given, or made from `{layer: spec}`."""
+def _rows(given: Table | None, known: Container[str]) -> tuple[Row, ...]:
+    """Rows as given, or made from `{layer: spec}`; a layer that no row knows is the name of a class."""
     if given is None:
         return ()
     if not isinstance(given, Mapping):
         return tuple(given)
-    return tuple(_row(layer, value) for layer, value in given.items())
+    rows = (_row(layer, value) for layer, value in given.items())
+    return tuple(row if row.layer in known else replace(row, targets=(row.layer,)) for row in rows)
 
 
 def _row(layer: str, value: Any) -> Row:
@@ -225,11 +237,16 @@ def _row(layer: str, value: Any) -> Row:
         return Row(layer, off=True)
     uses: list[Use] = []
     for device, specs in value.items() if isinstance(value, Mapping) else [("", value)]:
-        for one in (specs,) if isinstance(specs, str) else specs:
+        name, colon, arch = device.partition(":")
+        if name not in DEVICES:
+            raise TableError(f"{layer}: {device!r} is no device", todo=f"Known: {', '.join(filter(None, DEVICES))}.")
+        for one in (specs,) if isinstance(specs, str) or not isinstance(specs, Iterable) else specs:
             if not isinstance(one, str):
-                raise TableError(f"{layer}: {one!r} is not a spec, as in 'org/kernel@1:{layer}'")
+                raise TableError(
+                    f"{layer}: {one!r} is not a spec", todo=f"Write 'org/kernel@1:{layer}', or '' to leave it alone."
+                )
             spec.parse(one)
-            uses.append(Use(one, on=(device,) if device else ()))
+            uses.append(Use(one, on=(DEVICES[name] + colon + arch,) if device else ()))
     return Row(layer, use=tuple(uses))
 
 

@@ -108,6 +108,10 @@ class HubClient:
             value, _ = self._api(url, f"asking whether {publisher} is a trusted publisher", tries)
         except UnknownKernel:
             return False
+        except Unreachable as e:
+            if getattr(getattr(e.__cause__, "response", None), "status_code", None) == 404:  # a person, or nobody
+                return False
+            raise
         return self._expect(lambda: bool(value.get("trustedKernelPublisher")))
 
     def download(
