@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from ..types import Progress
     from .subject import Subject
 
+LONGEST, SHORTEST, IN_ALL = 15.0, 6.0, 45.0  # seconds: for timing at most, at least, and up to the end of it
+ROUNDS = 3  # of taking losers out: an original that goes back in may hold modules that have kernels of their own
 EXACT_LIMIT = 600_000_000  # parameters; beyond it a float64 copy of the whole model is too much to ask for
 
 
@@ -101,10 +103,12 @@ def run(
     *,
     device: str = "cpu",
     new_tokens: int = 32,
-    seconds: float = 15.0,
+    seconds: float | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """`swap(model, **options)` is `Swapper.swap`; `seconds` is what the timing may take, a third of it for the kinds.
+
+    Without `seconds`, `LONGEST`, or less where compiling took long, but `SHORTEST` at least.
 
     The model is as it was afterwards, also when something raises half-way.
     """
@@ -131,13 +135,14 @@ class _Job:
         swapping: Callable[..., Applied],
         device: str,
         new_tokens: int,
-        seconds: float,
+        seconds: float | None,
         progress: Progress,
     ) -> None:
         import torch
 
         self.subject, self.swapping, self.device, self.new_tokens = subject, swapping, device, new_tokens
-        self.budget, self.progress = seconds, progress
+        self.budget, self.progress = seconds or LONGEST, progress
+        self.fixed = seconds is not None
         self.applied: Applied | None = None
         self.lost: dict[kinds.Key, kinds.Measured] = {}
         self.report = Report(
@@ -180,29 +185,35 @@ class _Job:
             self.report.swapped = sum(len(k.sites) for k in found if k.swapped)
             self.report.sites = sum(len(k.sites) for k in found)
             self.report.unclaimed = _unclaimed(self.subject.model, found)
+        if not self.fixed:
+            self.budget = max(SHORTEST, min(LONGEST, IN_ALL - sum(self.report.seconds.values())))
 
     def choose(self) -> None:
-        """Measure each kind; where the kernel loses, the original goes back in."""
+        """Measure each kind; where the kernel loses, the original goes back in, and what that uncovers is measured, too."""
+        known: dict[kinds.Key, kinds.Measured] = {}
         with self.clock("kinds"):
-            found = [row.kind for row in self.report.rows]
-            calls = self.record(found)
-            measured = kinds.measure(
-                found,
-                self.twin,
-                self.subject.model,
-                calls,
-                seconds=self.budget / 3,
-                device=self.device,
-                progress=self.progress,
-            )
-            self.lost = {m.kind.key: m for m in measured if m.loses}
-            self.report.kept_out = tuple(f"{' '.join(filter(None, k[::2]))}: {m.loses}" for k, m in self.lost.items())
-            self.report.rows = measured
-        if self.lost:
-            self.undo()
-            self.swap(skip=[name for m in self.lost.values() for name in m.kind.names])
-            was = {m.kind.key: m for m in measured}
-            self.report.rows = tuple(_with(row.kind, was.get(row.kind.key)) for row in self.report.rows)
+            calls = self.record([row.kind for row in self.report.rows])
+        for turn in range(1, ROUNDS + 1):
+            new = [row.kind for row in self.report.rows if row.kind.swapped and row.kind.key not in known]
+            if not new:
+                break
+            with self.clock("kinds"):
+                known |= {m.kind.key: m for m in self.measure(new, calls, self.budget / 3 / turn)}
+            lost = {m.kind.key: m for m in known.values() if m.loses}
+            if lost.keys() - self.lost.keys():
+                self.lost = lost
+                self.undo()
+                self.swap(skip=[name for m in lost.values() for name in m.kind.names])
+        self.report.rows = tuple(_with(row.kind, known.get(row.kind.key)) for row in self.report.rows)
+        self.report.kept_out = tuple(f"{' '.join(filter(None, k[::2]))}: {m.loses}" for k, m in self.lost.items())
+
+    def measure(
+        self, found: list[kinds.Kind], calls: dict[str, dict[kinds.Key, list[kinds.Call]]], seconds: float
+    ) -> tuple[kinds.Measured, ...]:
+        """Each kind, original and kernel in turns."""
+        return kinds.measure(
+            found, self.twin, self.subject.model, calls, seconds=seconds, device=self.device, progress=self.progress
+        )
 
     def record(self, found: list[kinds.Kind]) -> dict[str, dict[kinds.Key, list[kinds.Call]]]:
         """A call of each kind in each phase, from the original."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -148,6 +149,7 @@ def load(name: str, *, device: str = "cpu", dtype: str = "auto", offline: bool =
     local = Path(name).expanduser()
     where = str(local) if local.is_dir() else name
     only_local = offline or local.is_dir()
+    quiet = _without_bars()
     try:
         config = AutoConfig.from_pretrained(where, local_files_only=only_local)
         causal = _is_causal(config)
@@ -161,12 +163,25 @@ def load(name: str, *, device: str = "cpu", dtype: str = "auto", offline: bool =
             asked=f"the model {name!r}",
             todo="give a directory with config.json, weights and tokenizer, or the id of a model on the hub",
         ) from e
+    finally:
+        quiet()
     model = model.to(device).eval()
     if causal and getattr(model, "generation_config", None) is not None:
         model.generation_config.eos_token_id = None
-    subject = Subject(name, model, "causal" if causal else "encoder", {}, tokenizer=words)
+    short = "/".join(local.resolve().parts[-2:]) if local.is_dir() else name
+    subject = Subject(short, model, "causal" if causal else "encoder", {}, tokenizer=words)
     _prompt(subject, device)
     return subject
+
+
+def _without_bars() -> Callable[[], None]:
+    """Silence Transformers' own progress bars: the caller shows progress. Returns what gives them back."""
+    from transformers.utils import logging
+
+    if not logging.is_progress_bar_enabled():
+        return lambda: None
+    logging.disable_progress_bar()
+    return logging.enable_progress_bar
 
 
 def _is_causal(config: Any) -> bool:

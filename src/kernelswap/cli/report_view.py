@@ -93,7 +93,7 @@ def _kept(report: Report, rows: list[Measured]) -> Table:
     for row in rows:
         layer, target, width = row.kind.key
         name = Text.assemble(" ".join(filter(None, (layer, width))), (f" ({target})", "dim"))
-        reason = row.kind.reason or f"served by {row.kind.serves}, not met in this run"
+        reason = row.kind.reason or f"served by {row.kind.serves}, which this run did not call"
         table.add_row(name, str(len(row.kind.sites)), reason)
     for cls, count in report.unclaimed:
         table.add_row(cls, str(count), Text("no row of the table names it", style="dim"))

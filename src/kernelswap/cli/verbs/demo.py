@@ -34,7 +34,9 @@ def command(
         int | None, typer.Option("--threads", help="CPU threads; default: torch's own choice.", min=1, metavar="N")
     ] = None,
     tokens: Annotated[int, typer.Option("--tokens", help="New tokens to generate.", min=1, metavar="N")] = 32,
-    seconds: Annotated[float, typer.Option("--seconds", help="Time for measuring.", min=1.0, metavar="S")] = 15.0,
+    seconds: Annotated[
+        float | None, typer.Option("--seconds", help="Time for measuring; default: 6 to 15.", min=1.0, metavar="S")
+    ] = None,
     plot: Annotated[
         Path | None, typer.Option("--plot", help="Draw it, too: FILE.png, FILE.svg or FILE.html.", metavar="FILE")
     ] = None,
