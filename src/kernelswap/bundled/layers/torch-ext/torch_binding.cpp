@@ -15,6 +15,9 @@
 #include <stdexcept>
 #include <string>
 #include <vector>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include "../csrc/kernels.h"
 
@@ -76,10 +79,24 @@ struct Tensor {
   }
 };
 
+// A large result is fresh memory, and faulting it in by 4 KiB costs more than writing it. Where the system grants huge pages
+// to those who ask (Linux, `madvise`), ask, as torch does with THP_MEM_ALLOC_ENABLE. It is advice: nothing depends on it.
+void advise_huge([[maybe_unused]] const Tensor& t) {
+#if defined(__linux__)
+  constexpr uintptr_t kPage = uintptr_t(2) << 20;
+  uintptr_t bytes = uintptr_t(t.numel() * t.width());
+  if (bytes < 4 * kPage) return;
+  uintptr_t first = (uintptr_t(t.data) + kPage - 1) & ~(kPage - 1), last = (uintptr_t(t.data) + bytes) & ~(kPage - 1);
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
 Tensor empty(int64_t dim, const int64_t* sizes, const int64_t* strides, int32_t dtype) {
   AtenTensorHandle out = nullptr;
   check(aoti_torch_empty_strided(dim, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &out));
-  return Tensor(out);
+  Tensor t(out);
+  advise_huge(t);
+  return t;
 }
 
 struct Strides {  // of a contiguous tensor; eight dimensions without an allocation

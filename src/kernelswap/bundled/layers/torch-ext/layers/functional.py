@@ -4,12 +4,14 @@ Every function takes any tensor. Where the kernel does not apply (another dtype,
 size, torch computes the same formula. Nothing here writes its inputs.
 """
 
+# ruff: noqa: ARG005, FBT001 -- signatures are those of torch.autograd.Function and of the operators
+
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
@@ -23,21 +25,52 @@ _rotary = ops.rotary.default
 
 _DTYPES = (torch.float32, torch.bfloat16)
 _ACT = {name: number for number, name in enumerate(reference.ACTS)}
-_grad = torch.is_grad_enabled
+_FORMULAS = tuple(reference.ACTS.values())
+
+# Numbers of elements from which a kernel wins over torch's operators, from benchmarks/LOG.md. RMSNorm and rotary win at one row.
+_MIN_RECORDED = 16384  # recording a Python function for autograd costs 10 us more than recording an operator
+_MIN_ACT = {"silu": 4096, "gelu_tanh": 1024}
+_GELU_SMALL, _GELU_LARGE = 32768, 32 << 20  # elements, bytes
+
+_recording = torch.is_grad_enabled
+_transformed = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)  # noqa: SLF001  # torch.func has no public word for it
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, centered: bool = False) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, centered: bool = False) -> Tensor:
     """`x / sqrt(mean(x^2) + eps) * w`, or `* (1 + w)` where `centered`.
 
     Shapes: x (..., N), weight (N,), returns (..., N), contiguous. float32 and bfloat16, sums in float32, rounded once.
     Memory: reads x once, writes y once.
     """
-    dtype = x.dtype
-    if dtype is not weight.dtype or dtype not in _DTYPES or not x.is_cpu:
-        return reference.rms_norm(x, weight, eps, centered)
-    if _grad() and (x.requires_grad or weight.requires_grad):
+    if x.dtype is not weight.dtype or not _served(x):
+        return reference.rms_norm(x, weight, eps, centered=centered)
+    if _recording() and (x.requires_grad or weight.requires_grad):
         return _RMSNorm.apply(x, weight, eps, centered)
     return _rms_norm(x, weight, eps, centered)
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """`(x - mean) / sqrt(var + eps) * w + b` over the last dimension. Shapes: x (..., N), weight and bias (N,) or None."""
+    dtype = x.dtype
+    w = x.new_empty(0) if weight is None else weight
+    b = x.new_empty(0) if bias is None else bias
+    if w.dtype is not dtype or b.dtype is not dtype or not _served(x):
+        return reference.layer_norm(x, weight, bias, eps)
+    if _recording() and (x.requires_grad or w.requires_grad or b.requires_grad):
+        if x.numel() < _MIN_RECORDED:
+            return reference.layer_norm(x, weight, bias, eps)
+        return _LayerNorm.apply(x, w, b, eps)
+    return _layer_norm(x, w, b, eps)
+
+
+def act(x: Tensor, act: str) -> Tensor:
+    """`act(x)`, act one of `silu gelu gelu_tanh gelu_quick`. Shapes: x and the result (...)."""
+    if not _served(x):
+        return reference.ACTS[act](x)
+    recorded = _recording() and x.requires_grad
+    if not _worth(x, act, recorded):
+        return reference.ACTS[act](x)
+    return _Act.apply(x, _ACT[act]) if recorded else _act(x, _ACT[act])
 
 
 def act_mul(gate: Tensor, up: Tensor, act: str) -> Tensor:
@@ -45,33 +78,13 @@ def act_mul(gate: Tensor, up: Tensor, act: str) -> Tensor:
 
     Shapes: gate, up and the result (...), one shape. The product is rounded once. Memory: reads both once, writes once.
     """
-    dtype = gate.dtype
-    if dtype is not up.dtype or dtype not in _DTYPES or not gate.is_cpu or gate.shape != up.shape:
+    if gate.dtype is not up.dtype or not _served(gate):
         return reference.act_mul(gate, up, act)
-    if _grad() and (gate.requires_grad or up.requires_grad):
+    if _recording() and (gate.requires_grad or up.requires_grad):
+        if gate.numel() < _MIN_RECORDED:
+            return reference.act_mul(gate, up, act)
         return _ActMul.apply(gate, up, _ACT[act])
     return _act_mul(gate, up, _ACT[act])
-
-
-def act(x: Tensor, act: str) -> Tensor:
-    """`act(x)`, act one of `silu gelu gelu_tanh gelu_quick`. Shapes: x and the result (...)."""
-    if x.dtype not in _DTYPES or not x.is_cpu:
-        return reference.ACTS[act](x)
-    if _grad() and x.requires_grad:
-        return _Act.apply(x, _ACT[act])
-    return _act(x, _ACT[act])
-
-
-def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """`(x - mean) / sqrt(var + eps) * w + b` over the last dimension. Shapes: x (..., N), weight and bias (N,) or None."""
-    dtype = x.dtype
-    if dtype not in _DTYPES or not x.is_cpu or any(t is not None and t.dtype is not dtype for t in (weight, bias)):
-        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
-    w = x.new_empty(0) if weight is None else weight
-    b = x.new_empty(0) if bias is None else bias
-    if _grad() and (x.requires_grad or w.requires_grad or b.requires_grad):
-        return _LayerNorm.apply(x, w, b, eps)
-    return _layer_norm(x, w, b, eps)
 
 
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
@@ -80,17 +93,10 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 
     The results are dense, in the order of memory that q and k have. Gradients flow to q and k; cos and sin that want one are
     served by torch.
     """
-    dtype = q.dtype
-    if (
-        dtype not in _DTYPES
-        or not (dtype is k.dtype is cos.dtype is sin.dtype)
-        or not q.is_cpu
-        or q.dim() != 4
-        or cos.dim() != 3
-        or unsqueeze_dim not in (1, 2)
-    ):
+    one_dtype = q.dtype is k.dtype is cos.dtype is sin.dtype
+    if not one_dtype or not _served(q) or q.dim() != 4 or cos.dim() != 3 or unsqueeze_dim not in {1, 2}:
         return reference.rotary(q, k, cos, sin, unsqueeze_dim)
-    if _grad():
+    if _recording():
         if cos.requires_grad or sin.requires_grad:
             return reference.rotary(q, k, cos, sin, unsqueeze_dim)
         if q.requires_grad or k.requires_grad:
@@ -98,24 +104,38 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 
     return _rotary(q, k, cos, sin, 3 - unsqueeze_dim, False)
 
 
+def _served(x: Tensor) -> bool:
+    return x.dtype in _DTYPES and x.is_cpu and not _transformed()
+
+
+def _worth(x: Tensor, act: str, recorded: bool) -> bool:
+    """Whether the kernel of a lone activation beats torch's own operator, where there is one: it has less to save than a norm."""
+    n = x.numel()
+    if act == "gelu":  # oneDNN is faster in the middle; it has a slow start, and large results are fresh memory (advise_huge)
+        return n <= _GELU_SMALL or (not recorded and n * x.element_size() >= _GELU_LARGE)
+    return n >= (_MIN_RECORDED if recorded else _MIN_ACT.get(act, 0)) or act == "gelu_quick"
+
+
 # -- gradients ----------------------------------------------------------------------------------------------------
 # Statistics of a row are recomputed in the backward pass: it reads the row anyway, and saving them would cost every forward.
+# `forward` takes `ctx`: with a separate `setup_context` torch binds the arguments to the signature anew in every call (40 us).
+# That form is what torch.func needs, so under its transforms the formula serves.
+# Second derivatives go through the formula too: `_differentiable`.
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, eps: float, centered: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, centered: bool) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.eps, ctx.centered = eps, centered
         return _rms_norm(x, weight, eps, centered)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, ctx.eps, ctx.centered = inputs
-        ctx.save_for_backward(x, weight)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
+        if _second_order():
+            eps, centered = ctx.eps, ctx.centered
+            return *_differentiable(lambda x, w: reference.rms_norm(x, w, eps, centered=centered), (x, weight), grad), None, None
         weight_too = ctx.needs_input_grad[1]
         dx, dw = _rms_norm_backward(grad, x, weight, ctx.eps, ctx.centered, weight_too)
         return dx, dw if weight_too else None, None, None
@@ -123,18 +143,17 @@ class _RMSNorm(torch.autograd.Function):
 
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(x, weight, bias)
+        ctx.eps = eps
         return _layer_norm(x, weight, bias, eps)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, _, ctx.eps = inputs
-        ctx.save_for_backward(x, weight)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
+        x, weight, bias = ctx.saved_tensors
+        if _second_order():
+            eps = ctx.eps
+            return *_differentiable(lambda *t: reference.layer_norm(*t, eps), (x, weight, bias), grad), None
         _, weight_too, bias_too, _ = ctx.needs_input_grad
         dx, dw, db = _layer_norm_backward(grad, x, weight, ctx.eps, weight_too, bias_too)
         return dx, dw if weight_too else None, db if bias_too else None, None
@@ -142,56 +161,79 @@ class _LayerNorm(torch.autograd.Function):
 
 class _Act(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, act: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, act: int) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.act = act
         return _act(x, act)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, ctx.act = inputs
-        ctx.save_for_backward(x)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _act_backward(grad, *ctx.saved_tensors, ctx.act), None
+        (x,) = ctx.saved_tensors
+        if _second_order():
+            return *_differentiable(_FORMULAS[ctx.act], (x,), grad), None
+        return _act_backward(grad, x, ctx.act), None
 
 
 class _ActMul(torch.autograd.Function):
     @staticmethod
-    def forward(gate: Tensor, up: Tensor, act: int) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor, act: int) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.act = act
         return _act_mul(gate, up, act)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        gate, up, ctx.act = inputs
-        ctx.save_for_backward(gate, up)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        d_gate, d_up = _act_mul_backward(grad, *ctx.saved_tensors, ctx.act)
+        gate, up = ctx.saved_tensors
+        if _second_order():
+            formula = _FORMULAS[ctx.act]
+            return *_differentiable(lambda gate, up: formula(gate) * up, (gate, up), grad), None
+        d_gate, d_up = _act_mul_backward(grad, gate, up, ctx.act)
         return d_gate, d_up, None
 
 
 class _Rotary(torch.autograd.Function):
     @staticmethod
-    def forward(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, token_dim: int) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, token_dim: int) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(cos, sin)
+        ctx.token_dim = token_dim
         return _rotary(q, k, cos, sin, token_dim, False)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        _, _, cos, sin, ctx.token_dim = inputs
+    def backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        if _second_order():  # linear in the gradients: the transpose, as a function that autograd knows
+            return *_RotaryBack.apply(dq, dk, cos, sin, ctx.token_dim), None, None, None
+        return *_rotary(dq, dk, cos, sin, ctx.token_dim, True), None, None, None
+
+
+class _RotaryBack(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, dq: Tensor, dk: Tensor, cos: Tensor, sin: Tensor, token_dim: int) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
+        ctx.token_dim = token_dim
+        return _rotary(dq, dk, cos, sin, token_dim, True)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
-        return *_rotary(dq, dk, *ctx.saved_tensors, ctx.token_dim, True), None, None, None
+    def backward(ctx: Any, q: Tensor, k: Tensor) -> tuple[Tensor | None, ...]:
+        return *_Rotary.apply(q, k, *ctx.saved_tensors, ctx.token_dim), None, None, None
+
+
+def _second_order() -> bool:
+    """Whether this backward pass is itself being recorded (`create_graph=True`), and not merely traced by a compiler."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def _differentiable(formula: Callable[..., Tensor], inputs: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients of `formula` at `inputs`, themselves with a history; an input that wants none, or is empty, gets None."""
+    wanted = [t for t in inputs if t.requires_grad and t.numel()]
+    out = formula(*(t if t.numel() or inputs[0].numel() == 0 else None for t in inputs))
+    found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
+    return tuple(next(found) if any(t is w for w in wanted) else None for t in inputs)
 
 
 # -- shapes, for tracing ------------------------------------------------------------------------------------------
 
-_library = torch.library.Library(NAMESPACE, "FRAGMENT")  # noqa: TOR901  # lives as long as this module
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")  # lives as long as this module
 
 
 def _dense(x: Tensor) -> Tensor:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import torch.nn as nn
-from torch import Tensor
+from torch import Tensor, nn
 
 from .functional import act, act_mul, layer_norm, rms_norm, rotary
 
@@ -27,9 +26,9 @@ class RMSNormZeroCentered(nn.Module):
     can_torch_compile = True
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., N) -> (..., N)."""
+        """`x` (..., N) -> (..., N)."""
         eps = self.eps if hasattr(self, "eps") else self.variance_epsilon
-        return rms_norm(x, self.weight, eps, True)
+        return rms_norm(x, self.weight, eps, centered=True)
 
 
 class LayerNorm(nn.Module):
@@ -39,7 +38,7 @@ class LayerNorm(nn.Module):
     can_torch_compile = True
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # the name of the original's parameter
-        """input (..., N) -> (..., N)."""
+        """`input` (..., N) -> (..., N)."""
         if len(self.normalized_shape) != 1:
             return nn.functional.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
         return layer_norm(input, self.weight, self.bias, self.eps)
@@ -52,7 +51,7 @@ class SwiGLUMLP(nn.Module):
     can_torch_compile = True
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., hidden) -> (..., hidden)."""
+        """`x` (..., hidden) -> (..., hidden)."""
         return self.down_proj(act_mul(self.gate_proj(x), self.up_proj(x), "silu"))
 
 
@@ -63,12 +62,12 @@ class GeGLUMLP(nn.Module):
     can_torch_compile = True
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., hidden) -> (..., hidden)."""
+        """`x` (..., hidden) -> (..., hidden)."""
         return self.down_proj(act_mul(self.gate_proj(x), self.up_proj(x), "gelu_tanh"))
 
 
 def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
-    """q (B, HQ, T, D), k (B, HK, T, D), cos and sin (B or 1, T, R) -> rotated q and k, in new memory.
+    """`q` (B, HQ, T, D), k (B, HK, T, D), cos and sin (B or 1, T, R) -> rotated q and k, in new memory.
 
     With `unsqueeze_dim` 2, q and k are (B, T, H, D). Dimensions from R on are passed through.
     """
@@ -86,7 +85,7 @@ class SiLU(nn.Module):
     can_torch_compile = True
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # the name of the original's parameter
-        """input (...) -> (...)."""
+        """`input` (...) -> (...)."""
         return act(input, "silu")
 
 
@@ -97,7 +96,7 @@ class GELU(nn.Module):
     can_torch_compile = True
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # the name of the original's parameter
-        """input (...) -> (...)."""
+        """`input` (...) -> (...)."""
         return act(input, "gelu")
 
 
@@ -108,7 +107,7 @@ class GELUTanh(nn.Module):
     can_torch_compile = True
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # the name of the original's parameter
-        """input (...) -> (...)."""
+        """`input` (...) -> (...)."""
         return act(input, "gelu_tanh")
 
 
@@ -119,7 +118,7 @@ class NewGELU(nn.Module):
     can_torch_compile = True
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # the name of the original's parameter
-        """input (...) -> (...)."""
+        """`input` (...) -> (...)."""
         return act(input, "gelu_tanh")
 
 
@@ -130,7 +129,7 @@ class FastGELU(nn.Module):
     can_torch_compile = True
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # the name of the original's parameter
-        """input (...) -> (...)."""
+        """`input` (...) -> (...)."""
         return act(input, "gelu_tanh")
 
 
@@ -141,5 +140,5 @@ class QuickGELU(nn.Module):
     can_torch_compile = True
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # the name of the original's parameter
-        """input (...) -> (...)."""
+        """`input` (...) -> (...)."""
         return act(input, "gelu_quick")

@@ -9,44 +9,42 @@ import math
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 TOLERANCES = {torch.float32: (2e-6, 1e-5), torch.bfloat16: (4e-3, 8e-3)}
 """dtype -> (forward, gradients): largest error of a row relative to its largest value, against these formulas in float64."""
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, centered: bool = False) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, centered: bool = False) -> Tensor:
     """`x / sqrt(mean(x^2) + eps) * w`, or `* (1 + w)` where `centered`; computed in float32, rounded once.
 
     Source: Zhang & Sennrich 2019, arXiv:1910.07467.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     normed = x.to(wide) * torch.rsqrt(x.to(wide).pow(2).mean(-1, keepdim=True) + eps)
-    scale = weight.to(wide)
-    return (normed * (1.0 + scale if centered else scale)).to(
-        torch.promote_types(x.dtype, weight.dtype) if not centered else x.dtype
-    )
+    if centered:
+        return (normed * (1.0 + weight.to(wide))).to(x.dtype)
+    return (normed * weight.to(wide)).to(torch.promote_types(x.dtype, weight.dtype))
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """`(x - mean) / sqrt(var + eps) * w + b` over the last dimension. Source: Ba et al. 2016, arXiv:1607.06450."""
-    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    return nn.functional.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
 def silu(x: Tensor) -> Tensor:
     """`x * sigmoid(x)`. Source: Hendrycks & Gimpel 2016, arXiv:1606.08415."""
-    return F.silu(x)
+    return nn.functional.silu(x)
 
 
 def gelu(x: Tensor) -> Tensor:
     """`x * Phi(x)`, Phi the distribution function of the normal distribution. Source: as `silu`."""
-    return F.gelu(x)
+    return nn.functional.gelu(x)
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
     """`x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3)))`. Source: as `silu`."""
-    return F.gelu(x, approximate="tanh")
+    return nn.functional.gelu(x, approximate="tanh")
 
 
 def gelu_tanh_spelled(x: Tensor) -> Tensor:
