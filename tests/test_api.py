@@ -14,6 +14,7 @@ from tests.hub import kernel_files
 from tests.swapping import CPU, LAYERS, Near, RMSNorm, frozen
 
 from kernelswap import build as building
+from kernelswap import spec
 from kernelswap.api import Swapper
 from kernelswap.errors import (
     BuildFailed,
@@ -399,20 +400,17 @@ def test_a_publisher_that_nobody_vouches_for_is_refused_for_what_you_name_and_a_
     assert named[0].inference.implementation is not None
 
 
-def test_a_tampered_kernel_raises_and_leaves_everything_as_it_was(with_hub, tmp_path):
-    swapper = with_hub(table=HUB_ROWS)
-    kernel = swapper.store.cache / "artifacts"
-    digest = swapper.plan(RMSNorm(8), hub=True)[0].inference.implementation.origin.digest
-    file = kernel / digest / "layers.py"
-    file.chmod(0o644)
-    file.write_text(LAYERS + "\nraise SystemExit('mine')\n")
+def test_a_tampered_kernel_raises_before_any_of_its_code_has_run(with_hub, hub):
+    code = {"layers.py": LAYERS + "\nTAMPERED = False\n"}  # bytes that this process has not imported yet
+    hub.repo("org/other").branch("v1", kernel_files("torch-cpu", "from . import layers", name="other", files=code))
+    rows = (Row("RMSNorm", targets=("RMSNorm",), probe="rows", use=(Use("org/other@1:RMSNorm"),)),)
+    swapper = with_hub(table=rows)
+    fetched = swapper._artifact(swapper._node(spec.parse("org/other@1"), CPU, None))
+    (fetched.path / "layers.py").chmod(0o644)
+    (fetched.path / "layers.py").write_text("import sys\nsys.modules['mine'] = sys\n" + LAYERS)
     module, modules = RMSNorm(8), set(sys.modules)
-    fresh = with_hub(table=HUB_ROWS)
-    from kernelswap import loader
-
-    loader._loaded.clear()  # as in another process
     with pytest.raises(Tampered):
-        fresh.swap(module, hub=True)
+        swapper.swap(module, hub=True)
     assert type(module) is RMSNorm
     assert set(sys.modules) == modules
 
