@@ -4,11 +4,23 @@ import pytest
 from tests.hub import Hub, kernel_files
 
 
+@pytest.fixture(scope="session")
+def _hubs():
+    """Starting one takes longer than most tests: it is used again until a test stops it."""
+    started = []
+    yield started
+    for running in started:
+        running.stop()
+
+
 @pytest.fixture
-def hub():
-    """A hub on loopback: `hub.repo("org/name").branch("v1", files={...})`, `hub.url`."""
-    with Hub() as running:
-        yield running
+def hub(_hubs):
+    """An empty hub on loopback: `hub.repo("org/name").branch("v1", files={...})`, `hub.url`."""
+    if not _hubs or _hubs[-1].stopped:
+        _hubs.append(Hub().__enter__())
+    _hubs[-1].reset()
+    yield _hubs[-1]
+    _hubs[-1].reset()
 
 
 @pytest.fixture

@@ -1,4 +1,5 @@
 import dataclasses
+import pathlib
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ from kernelswap.backends import seen
 from kernelswap.errors import SpecError
 from kernelswap.types import Device, Machine
 
+SRC = pathlib.Path(machine.__file__).parents[1]
 HERE = Machine(
     os="linux",
     cpu="x86_64",
@@ -43,7 +45,7 @@ def test_a_machine_without_torch_is_looked_at():
         "from kernelswap import machine; m = machine.look()\n"
         "print(m.torch, m.backend, dict(m.why)['torch'])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=SRC)
     assert done.stdout.startswith("None ")
     assert "torch is" in done.stdout
 

@@ -49,6 +49,13 @@ class Hub:
     """Starts on entering, stops on leaving. `url` is what HF_ENDPOINT would be."""
 
     def __init__(self, *, page=1000):
+        self.stopped = False
+        self.reset(page)
+
+    def reset(self, page=1000):
+        """As if just made: nothing in it, nothing broken, nothing logged."""
+        if hasattr(self, "faults"):
+            self.clear()
         self.page = page
         """Entries per page of the tree API."""
         self.repos: dict[tuple[str, str], Repo] = {}
@@ -122,9 +129,11 @@ class Hub:
         return self
 
     def __exit__(self, *_):
-        self.clear()
-        self._server.should_exit = True
-        self._thread.join(10)
+        if not self.stopped:
+            self.stopped = True
+            self.clear()
+            self._server.should_exit = self._server.force_exit = True
+            self._thread.join(10)
 
     def stop(self):
         """The hub goes away: connections are refused from here on."""
@@ -180,8 +189,10 @@ class Hub:
             return error(404, "RevisionNotFound", f"Invalid rev id: {rest[0] if rest else 'main'}")
         if verb == ["tree"]:
             return self._tree(request, repo, commit, "/".join(rest[1:]))
-        siblings = [{"rfilename": p} for p in repo.commits[commit]]
-        return JSONResponse({"_id": name, "id": name, "sha": commit, "private": repo.private, "siblings": siblings, "tags": []})
+        info = {"_id": name, "id": name, "sha": commit, "private": repo.private, "tags": []}
+        if repo.type != "kernel":  # the hub lists no files in what it says about a kernel
+            info["siblings"] = [{"rfilename": p} for p in repo.commits[commit]]
+        return JSONResponse(info)
 
     def _tree(self, request, repo, commit, under):
         entries = repo.tree(commit, under, recursive=request.query_params.get("recursive", "").lower() == "true")
