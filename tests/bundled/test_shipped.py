@@ -1,0 +1,21 @@
+"""Builds that ship in the wheel say of themselves what is so."""
+
+from pathlib import Path
+
+import pytest
+
+from kernelswap import metadata
+
+ROOT = Path(__file__).parents[2] / "src" / "kernelswap" / "bundled"
+BUILDS = sorted(ROOT.glob("*/build/*"))
+
+
+@pytest.mark.parametrize("build", BUILDS, ids=lambda b: f"{b.parent.parent.name}/{b.name}")
+def test_digests_are_those_of_the_files(build):
+    said = metadata.parse((build / "metadata.json").read_bytes())
+    assert said.digest is not None
+    assert metadata.compare(said.digest, build) == [], "run tools/bundled_metadata.py"
+
+
+def test_there_are_builds_to_look_at():
+    assert BUILDS
