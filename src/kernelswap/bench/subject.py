@@ -181,7 +181,11 @@ def _without_bars() -> Callable[[], None]:
     if not logging.is_progress_bar_enabled():
         return lambda: None
     logging.disable_progress_bar()
-    return logging.enable_progress_bar
+
+    def give_back() -> None:
+        logging.enable_progress_bar()
+
+    return give_back
 
 
 def _is_causal(config: Any) -> bool:
