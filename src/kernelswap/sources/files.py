@@ -7,7 +7,7 @@ import shutil
 import stat
 import threading
 from collections.abc import Iterator, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from .. import tree
 from .. import variant as variants
@@ -28,8 +28,7 @@ def is_variant(name: str) -> bool:
 
 def skipped(path: str) -> bool:
     """Bytecode caches: never part of a build."""
-    parts = PurePosixPath(path)
-    return "__pycache__" in parts.parts or parts.suffix in {".pyc", ".pyo"}
+    return path.endswith((".pyc", ".pyo")) or ("__pycache__" in path and "__pycache__" in path.split("/"))
 
 
 def listing(root: Path, within: Sequence[Path]) -> dict[str, Path]:
