@@ -71,3 +71,10 @@ def test_the_kernels_of_this_package_are_found(tmp_path):
     for name in source.names():
         source.find(of(name))
     assert "layers" in source.names()
+
+
+def test_python_sources_beside_the_builds_are_no_build(source, make_repo):
+    root = make_repo("layers", {"torch-cuda": "triton = 1"}, where=source.root)
+    (root / "torch-ext" / "layers").mkdir(parents=True)
+    found, _ = source.find(of("layers"))
+    assert [c.variant for c in found] == ["torch-cuda"]

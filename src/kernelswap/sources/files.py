@@ -17,8 +17,14 @@ METADATA = "metadata.json"
 _SMALL = 4 << 20  # bytes that `read_small` gives at most: metadata names files, it does not hold them
 
 
+SOURCES = frozenset({"torch-ext", "tvm-ffi-ext"})
+"""Where a repository keeps the Python of its sources: to the grammar, builds for a backend named `ext`."""
+
+
 def is_variant(name: str) -> bool:
     """Whether a directory of this name is a build variant."""
+    if name in SOURCES:
+        return False
     try:
         variants.parse(name)
     except BadMetadata:
