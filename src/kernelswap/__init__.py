@@ -1,18 +1,19 @@
 """Find a kernel, verify it, prove it, swap it in, and be able to take it back.
 
     spec -> Requirement -> Resolution -> Artifact -> Kernel -> Implementation -> Swap -> Applied
-    spec.py              resolve.py     store.py    load.py   layers.py         plan.py apply.py
+    spec.py              resolve.py     store.py    loader.py layers.py         plan.py apply.py
 
-Read `api.py` first: it is that line, in code. Nothing heavy is imported before it is used.
+Read `api.py` and `provider.py` first: they are that line, in code. Nothing heavy is imported before it is used.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 from ._version import __version__
 
+TYPE_CHECKING = False  # type checkers take it for typing's; importing that would be most of what importing us costs
 if TYPE_CHECKING:
+    from typing import Any
+
     from .api import Swapper, explain, find, kernelize, load, swap, unkernelize
     from .apply import Applied
     from .errors import KernelSwapError
