@@ -107,7 +107,7 @@ class Swapper(Provider):
         inherit: bool = True,
         only: str | Iterable[str] | None = None,
         skip: str | Iterable[str] | None = None,
-        prefer: Mapping[str, str | Sequence[str]] | None = None,
+        prefer: Mapping[str, str | Sequence[str | Use]] | None = None,
         mode: Mode | None = None,
         hub: bool = False,
         build: Build = "background",
@@ -125,12 +125,15 @@ class Swapper(Provider):
         """
         over, terms = _rows(table, {row.layer for row in self.table}), Terms(build, trust, progress)
         base = self.table if inherit else tuple(replace(row, use=()) for row in self.table)
-        preferred = {glob: (specs,) if isinstance(specs, str) else tuple(specs) for glob, specs in (prefer or {}).items()}
-        named = {use.spec for row in over for use in row.use} | {s for specs in preferred.values() for s in specs}
+        preferred = {
+            glob: tuple(one if isinstance(one, Use) else Use(one) for one in ((specs,) if isinstance(specs, str) else specs))
+            for glob, specs in (prefer or {}).items()
+        }
+        named = {use.spec for row in over for use in row.use} | {use.spec for uses in preferred.values() for use in uses}
         with self._lock:
             former = self.applied(model)
             wish = Wish(
-                mode=modes.wanted(mode) if mode is not None else None,
+                mode=mode if mode is None or mode == Mode.TORCH_COMPILE else modes.wanted(mode),
                 prefer=preferred,
                 named=named,
                 replacing={id(m) for m in former.modules()} if former is not None else (),
@@ -157,7 +160,8 @@ class Swapper(Provider):
             require: globs over layers and paths that must all be swapped.
             wanted: see `plan`. `table`: rows, or `{layer: spec}`, laid over this Swapper's table (`inherit=False`: alone).
                 `only`, `skip`: globs over module paths, their ends, or layers. `prefer`: `{glob: spec or specs}` tried
-                first. `mode`: `None` serves training and inference, live. `hub`: kernels of the table that are on the hub
+                first. `mode`: `None` serves training and inference, live; `TORCH_COMPILE` alone does so with kernels that
+                compile. `hub`: kernels of the table that are on the hub
                 may be fetched; those that you name yourself always may. `build`: bundled kernels that are not compiled yet
                 are compiled in the `background` (the original serves meanwhile), or you `wait` for it, or `never`.
                 `trust`: publishers that you vouch for. `progress`: told about downloads and compiling.

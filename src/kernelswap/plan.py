@@ -38,9 +38,10 @@ class Wish:
 
     mode: Mode | None = None
     """`None`: both modes are served, live. `INFERENCE`: training keeps the original. `TRAINING`: only kernels with a
-    backward, and they serve inference too. `| TORCH_COMPILE`: only kernels that compile."""
-    prefer: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    """Glob over paths or layers to the specs that are tried first there."""
+    backward, and they serve inference too. `| TORCH_COMPILE`: only kernels that compile. `TORCH_COMPILE` alone: both modes,
+    live, with kernels that compile."""
+    prefer: Mapping[str, Sequence[str | Use]] = field(default_factory=dict)
+    """Glob over paths or layers to what is tried first there."""
     named: Collection[str] = ()
     """Specs that the user wrote: for them `Refused` is raised instead of becoming a reason."""
     replacing: Collection[int] = ()
@@ -168,8 +169,10 @@ class _Planner:
     def uses(self, site: Site) -> tuple[Use, ...]:
         if not self.wish.prefer:
             return site.row.use
-        preferred = [s for glob, specs in self.wish.prefer.items() if sites.named_by(glob, site) for s in specs]
-        return (*map(Use, dict.fromkeys(preferred)), *(use for use in site.row.use if use.spec not in preferred))
+        given = [one for glob, specs in self.wish.prefer.items() if sites.named_by(glob, site) for one in specs]
+        preferred = dict.fromkeys(one if isinstance(one, Use) else Use(one) for one in given)
+        first = {use.spec for use in preferred}
+        return (*preferred, *(use for use in site.row.use if use.spec not in first))
 
     def choose(self, site: Site, module: nn.Module, uses: tuple[Use, ...], run: Run | None) -> tuple[Choice, list[_Passed]]:
         """One mode. Equal modules are decided once; what is asked of each is whether something stands in the way there."""
@@ -275,6 +278,8 @@ def _runs(mode: Mode | None) -> dict[bool, Run | None]:
     """What a kernel must be able to do, by the `training` of the module that it serves."""
     if mode is None:
         return {False: Run(training=False), True: Run(training=True)}
+    if mode == Mode.TORCH_COMPILE:
+        return {False: Run(training=False, compiled=True), True: Run(training=True, compiled=True)}
     run = modes.to_run(mode)
     return {False: run, True: run if run.training else None}
 
