@@ -1,0 +1,242 @@
+"""`Check`, the Prover: may this kernel stand in for that original, here?
+
+Two questions, asked once per machine and kept as verdicts. Before a swap (`equivalent`), on random tensors, parameters and
+layouts: do the two compute the same thing? This decides Gemma's `1 + weight` and the place of eps; names never do. On the first
+real call (`first_call`), on the user's own tensors and on shapes derived from them: is it as accurate as the original?
+
+What a first call costs when no verdict is known: one more forward of the original at full size, and a bounded amount of work
+(`PART` elements) on rows taken from the call, in float64 too. With a verdict: a dictionary lookup.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..types import Implementation, Machine, Run, Site, Verdict
+from . import inputs, keys, memory, trial
+from .agree import Differs
+from .child import Contact, Contain
+from .inputs import Case, Subject
+from .real import Real, accepted, refused
+from .reference import Reference
+from .verdicts import Verdicts
+
+
+class Check:
+    """Prover over a verdict store.
+
+    Args:
+        store: where verdicts are kept; None keeps them in this object.
+        machine: what the rest of the program decided by; it is part of no key, the real devices are.
+        mode: `first-use`; `always` checks every call of `first_call` anew; `sample:N` likewise, for a caller that asks at
+            every N-th call; `off` lets `first_call` pass what `equivalent` accepted.
+        contain: which kernels meet this machine in a child process first: `native` (those that bring compiled code or
+            Triton and did not ship with kernelswap), `always`, `never`.
+        time_limit: seconds that the child may take for one kernel; Triton compiles within.
+        backend: what `torch.compile` is asked to use when a run is compiled. The default traces as every other does and is
+            quick; `inductor` also tests the code that it generates.
+        seed: of the random tensors.
+    """
+
+    def __init__(
+        self,
+        store: Verdicts | None,
+        machine: Machine | None = None,
+        *,
+        mode: str = "first-use",
+        contain: Contain = "native",
+        time_limit: float = 120.0,
+        backend: str = "aot_eager",
+        seed: int = 0,
+    ) -> None:
+        self.store, self.machine, self.mode, self.backend, self.seed = store, machine, mode, backend, seed
+        self.contact = Contact(contain, time_limit)
+        self._memo: dict[tuple[Any, ...], Verdict] = {}
+        self._lock = threading.RLock()
+        self._busy = threading.local()
+        _every(mode)
+
+    @property
+    def every(self) -> int | None:
+        """How often a swapped module is to ask again: 0 never after the first, 1 always, N for `sample:N`, None for off."""
+        return _every(self.mode)
+
+    def close(self) -> None:
+        """End the child process, if one runs."""
+        self.contact.close()
+
+    # -- before the swap --
+
+    def equivalent(
+        self, site: Site, module: nn.Module, original: Callable[..., Any], candidate: Implementation, run: Run
+    ) -> Verdict:
+        """On random tensors made by `site.row.probe`: do the two compute the same thing? Touches nothing of the user's."""
+        if (why := candidate.cannot(run)) is not None:
+            return Verdict(accepted=False, reason=why)
+        recipe = inputs.RECIPES.get(site.row.probe)
+        if recipe is None:
+            return Verdict(accepted=False, reason=f"there is no way to test it: no recipe {site.row.probe!r} for its inputs")
+        try:
+            device = torch.device(site.device)
+            dtype = getattr(torch, site.dtype.removeprefix("torch."))
+        except (RuntimeError, AttributeError):
+            return Verdict(accepted=False, reason=f"there is no way to test it on {site.device} in {site.dtype}")
+        parts = (
+            "random",
+            self.seed,
+            keys.kernel(candidate),
+            keys.subject(site, module, original),
+            str(dtype),
+            keys.place(device),
+            (run.training, run.compiled, self.backend if run.compiled else ""),
+        )
+        with self._lock:
+            known = self._known(parts)
+            if known is not None:
+                return known
+            subject = Subject(site, module, original, device, dtype, self.seed)
+            with self._alone(), memory.quiet(device):
+                verdict, lasting = self._random(subject, candidate, run, recipe(subject))
+                return self._keep(parts, verdict, lasting=lasting)
+
+    def _random(self, subject: Subject, candidate: Implementation, run: Run, cases: Iterator[Case]) -> tuple[Verdict, bool]:
+        errors, skipped, pairs = trial.Errors(), "", _Pairs(subject, candidate, run)
+        name = ""
+        if (crash := self._survives(subject, candidate, run, pairs)) is not None:
+            return Verdict(accepted=False, reason=crash), True
+        try:
+            for case in cases:
+                name = case.name
+                asked = trial.wants(case, training=run.training)
+                backend = self.backend if run.compiled and case.thorough else ""
+                try:
+                    trial.examine(pairs(case.centre), case, errors, wants=asked, slow=case.thorough, compiled=backend)
+                except trial.Skip as e:
+                    skipped = skipped or str(e)
+                except torch.OutOfMemoryError:
+                    skipped = skipped or f"the check ran out of memory on {name}"
+        except Differs as e:
+            return refused(e, errors, name), e.lasting
+        if not errors.cases:
+            why = skipped or f"the recipe {subject.site.row.probe!r} finds no sizes in {subject.site.target}"
+            return Verdict(accepted=False, reason=f"there is no way to test it: {why}"), not skipped
+        return accepted(errors), True
+
+    def _survives(self, subject: Subject, candidate: Implementation, run: Run, pairs: _Pairs) -> str | None:
+        """Why the kernel took a child process down with it, or `None`. Asked once per kernel, layer and machine."""
+        if not self.contact.wanted(candidate.origin):
+            return None
+        cases = list(inputs.RECIPES[subject.site.row.probe](subject))
+        if not cases:
+            return None
+        parts = ("contact", keys.kernel(candidate), subject.site.row.probe, run.training, keys.place(subject.device))
+        known = self._known(parts)
+        if known is None:
+            why, note = self.contact.first(candidate, subject, pairs.module, cases, run)
+            known = Verdict(accepted=why is None, reason=why or note or "survived first contact in a child process")
+            known = self._keep(parts, known, lasting=not note)
+        return None if known.accepted else known.reason
+
+    # -- the first real call --
+
+    def first_call(
+        self,
+        site: Site,
+        module: nn.Module,
+        original: Callable[..., Any],
+        candidate: Implementation,
+        run: Run,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> tuple[Any, Verdict]:
+        """On the real tensors. The output is the kernel's, part of the caller's autograd graph; the original's when refused."""
+        real = Real(site, module if site.kind == "module" else None, original, candidate, args, kwargs)
+        if getattr(self._busy, "now", False):  # a swapped module inside of one that is being checked
+            return real.by_original(), Verdict(accepted=False, reason="was called by a check of another kernel")
+        if self.mode == "off":
+            return real.by_kernel(Verdict(accepted=True, reason="not checked: check is off"))
+        parts = (
+            "real",
+            keys.kernel(candidate),
+            keys.subject(site, module, original),
+            keys.place(real.device),
+            (run.training, run.compiled),
+            keys.bucket(args, kwargs),
+        )
+        with self._lock:
+            known = self._known(parts) if self.mode == "first-use" else None
+            if known is None:
+                with self._alone(), memory.quiet(real.device):
+                    verdict, lasting = real.on_copies()
+                if not verdict.accepted:
+                    return real.by_original(), self._keep(parts, verdict, lasting=lasting)
+                output, verdict = real.answered(verdict)
+                return output, self._keep(parts, verdict, lasting=True)
+        return real.by_kernel(known) if known.accepted else (real.by_original(), known)
+
+    # -- verdicts --
+
+    def _known(self, parts: tuple[Any, ...]) -> Verdict | None:
+        if (found := self._memo.get(parts)) is None and self.store is not None:
+            found = self.store.get(keys.digest(*parts))
+            if found is not None:
+                self._memo[parts] = found
+        return found
+
+    def _keep(self, parts: tuple[Any, ...], verdict: Verdict, *, lasting: bool) -> Verdict:
+        verdict = dataclasses.replace(verdict, key=keys.digest(*parts))
+        self._memo[parts] = verdict
+        if self.store is not None and lasting:
+            self.store.put(verdict)
+        return verdict
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        self._busy.now = True
+        try:
+            yield
+        finally:
+            self._busy.now = False
+
+
+def _every(mode: str) -> int | None:
+    """As `Check.every`.
+
+    Raises:
+        ValueError: no such mode.
+    """
+    plain: dict[str, int | None] = {"first-use": 0, "always": 1, "off": None}
+    if mode in plain:
+        return plain[mode]
+    word, _, number = mode.partition(":")
+    if word == "sample" and number.isdigit() and int(number):
+        return int(number)
+    raise ValueError(f"check={mode!r} is none of first-use, always, sample:N, off")
+
+
+# -- random: one copy of the module per way of drawing its parameters ----------------------------------------------
+
+
+class _Pairs:
+    def __init__(self, subject: Subject, candidate: Implementation, run: Run) -> None:
+        self.subject, self.candidate, self.run = subject, candidate, run
+        self.made: dict[float, trial.Pair] = {}
+
+    def module(self, centre: float) -> nn.Module | None:
+        if self.subject.site.kind != "module":
+            return None
+        return inputs.with_parameters(self.subject, centre).train(self.run.training)
+
+    def __call__(self, centre: float) -> trial.Pair:
+        if centre not in self.made:
+            module, device = self.module(centre), self.subject.device
+            reference = Reference(self.subject.original, module, device)
+            self.made[centre] = trial.Pair(self.subject.original, self.candidate.forward, module, reference, device)
+        return self.made[centre]

@@ -1,0 +1,307 @@
+"""A real call: rows of it and shapes derived from it are checked on copies; then the whole output is held against the original's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..types import Implementation, Site, Verdict
+from . import inputs, memory, trial
+from .agree import Differs
+from .inputs import Case
+from .reference import Reference, tensors, twin
+from .tolerance import compare
+
+PART = 1 << 22
+"""Elements of a real tensor that are looked at in float64 (32 MiB); larger calls are represented by rows of it."""
+WHOLE = 1 << 27
+"""Elements up to which a whole output is compared with the original's; of larger ones only the rows of `PART` are."""
+OWN = 1 << 30
+"""Bytes of weights up to which a check of a real call works on its own copy of them."""
+BOTH = 6.0  # between two implementations lie the errors of both, each up to the floors and a multiple of what is usual
+SUSPECTS = 64  # rows that stand out in a whole call and are looked at again
+DERIVED = 13  # rows of the non-contiguous shape made from a real call: prime, and beyond one vector register
+
+
+ROWWISE = frozenset({"rows", "gated_rows", "elementwise", "gated", "mlp"})
+"""Probes whose outputs depend, row by row, on the same row of their inputs alone."""
+
+
+# -- verdicts in words ---------------------------------------------------------------------------------------------
+
+
+def accepted(errors: trial.Errors) -> Verdict:
+    """What was found, in a sentence."""
+    reason = f"as accurate as the original: error {errors.kernel:.1e}, original {errors.original:.1e}"
+    if errors.reference != "float64":
+        reason = "agrees with the original"
+    return Verdict(
+        accepted=True, reason=reason, error_original=errors.original, error_kernel=errors.kernel, details=_details(errors)
+    )
+
+
+def refused(e: Differs, errors: trial.Errors, case: str) -> Verdict:
+    """What was wrong, and on which inputs."""
+    where = f" (on {case})" if case else ""
+    return Verdict(
+        accepted=False,
+        reason=f"{e}{where}",
+        error_original=errors.original,
+        error_kernel=errors.kernel,
+        details=(*_details(errors), ("case", case)),
+    )
+
+
+def _details(errors: trial.Errors) -> tuple[tuple[str, str], ...]:
+    found = [
+        ("reference", errors.reference),
+        ("cases", str(errors.cases)),
+        ("deterministic", "yes" if errors.deterministic else "no, within tolerance"),
+    ]
+    if errors.compiled:
+        found.append(("compiled", errors.compiled))
+    return tuple(found)
+
+
+# -- the call -------------------------------------------------------------------------------------------------------
+
+
+def call(function: Callable[..., Any], module: nn.Module | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """`function` on the module, when there is one, and the arguments."""
+    return function(*args, **kwargs) if module is None else function(module, *args, **kwargs)
+
+
+class Real:
+    """One call of a site, by its original and by a kernel. `module` is None where the site is a function."""
+
+    def __init__(
+        self,
+        site: Site,
+        module: nn.Module | None,
+        original: Callable[..., Any],
+        candidate: Implementation,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> None:
+        self.site, self.module, self.original, self.candidate, self.args, self.kwargs = (
+            site,
+            module,
+            original,
+            candidate,
+            args,
+            kwargs,
+        )
+        self.leaves, self.spec = pytree.tree_flatten((args, dict(kwargs)))
+        self.held = [t for t in self.leaves if isinstance(t, Tensor)]
+        self.device = self.held[0].device if self.held else torch.device("cpu")
+        self.size = max((t.numel() for t in self.held), default=0)
+        self.dim = int(kwargs.get("unsqueeze_dim", args[4] if len(args) == 5 and isinstance(args[4], int) else 1))
+        self.want: trial.Want | None = None
+        self.pair: trial.Pair | None = None
+
+    def by_original(self) -> Any:
+        """The original's answer, as if nobody had asked a kernel."""
+        return call(self.original, self.module, self.args, self.kwargs)
+
+    def by_kernel(self, verdict: Verdict) -> tuple[Any, Verdict]:
+        """The kernel's answer under an accepting verdict; when it raises, the original's and a refusal."""
+        try:
+            return call(self.candidate.forward, self.module, self.args, self.kwargs), verdict
+        except Exception as e:  # noqa: BLE001  # a kernel may raise anything: the original answers, and the reason is kept
+            why = f"raises {type(e).__name__}: {' '.join(str(e).split())[:300]}"
+        return self.by_original(), Verdict(accepted=False, reason=why, key=verdict.key)
+
+    def on_copies(self) -> tuple[Verdict, bool]:
+        """Check rows of the call, and shapes derived from it. The second value: whether the verdict holds tomorrow."""
+        errors, name = trial.Errors(), "this call"
+        if (stranger := next((v for v in self.leaves if not _simple(v)), None)) is not None:
+            why = f"cannot be tested: it is given a {type(stranger).__name__}, which a check cannot copy"
+            return Verdict(accepted=False, reason=why), True
+        module, own = _copy(self.module)
+        trainable = module is not None and any(p.requires_grad for p in module.parameters())
+        inputs_ = tuple(i for i, t in enumerate(self.held) if t.requires_grad)
+        if torch.is_grad_enabled() and (inputs_ or trainable):
+            self.want = trial.Want(inputs_, parameters=trainable if own else None)
+        reference = Reference(self.original, module, self.device) if own else None
+        self.pair = trial.Pair(self.original, self.candidate.forward, module, reference, self.device)
+        try:
+            for number, case in enumerate(self.cases()):
+                name = case.name
+                try:
+                    trial.examine(self.pair, case, errors, wants=[self.want], slow=False)
+                except trial.Skip as e:
+                    if number == 0:
+                        return Verdict(accepted=False, reason=f"cannot be tested: {e}"), False
+        except Differs as e:
+            return refused(e, errors, name), e.lasting
+        return accepted(errors), True
+
+    def cases(self) -> Iterator[Case]:
+        """The call, or as many of its rows as `PART` allows; then one row, 13, 13 with gaps between, none."""
+        probe, n = self.site.row.probe, positions(self.site.row.probe, self.leaves, self.dim)
+        if self.size <= PART:
+            yield self.case("this call", [_own(v) for v in self.leaves], counts=True)
+        elif n:
+            rows = max(1, min(n, PART // max(1, self.size // n)))
+            if (picked := self.taken(torch.linspace(0, n - 1, rows).long())) is not None:
+                yield self.case(f"{rows} of the {n} rows of this call", picked, counts=True)
+        if n < 1 or probe not in inputs.RECIPES:
+            return
+        few = [i * n // DERIVED for i in range(DERIVED)]
+        for name, index in (("its first row alone", [0]), (f"{DERIVED} of its rows", few), ("none of its rows", [])):
+            if (picked := self.taken(torch.tensor(index, dtype=torch.long))) is not None:
+                yield self.case(name, picked)
+                if index == few:
+                    yield self.case(f"{name}, non-contiguous", [_strided(v) for v in picked])
+
+    def taken(self, index: Tensor) -> list[Any] | None:
+        """Rows of the call, copied."""
+        picked = take(self.site.row.probe, self.leaves, index, self.dim)
+        return None if picked is None else [_own(v) for v in picked]
+
+    def case(self, name: str, leaves: Sequence[Any], *, counts: bool = False) -> Case:
+        """Leaves in the places of the call's own. Never generic: real activations have outliers."""
+        args, kwargs = pytree.tree_unflatten(list(leaves), self.spec)
+        return Case(name, args, kwargs, counts=counts)
+
+    def answered(self, verdict: Verdict) -> tuple[Any, Verdict]:
+        """The kernel's answer. Where only rows of it were checked, all of it is now held against the original's.
+
+        This is the one extra forward that a check costs at full size. It has no gradients; above `WHOLE` it is left out.
+        """
+        if self.size <= PART or self.size > WHOLE:
+            return self.by_kernel(verdict)
+        with memory.quiet(self.device), torch.no_grad():
+            expected = [t for t in pytree.tree_leaves(self.by_original()) if isinstance(t, Tensor)]
+        given = memory.Untouched({str(i): t for i, t in enumerate(self.held)})
+        output, verdict = self.by_kernel(verdict)
+        if not verdict.accepted:
+            return output, verdict
+        why = None
+        if given.changed():
+            given.restore()
+            why = "changes its input in place (in a call of this size)"
+        got = [t.detach() for t in pytree.tree_leaves(output) if isinstance(t, Tensor)]
+        for k, o in zip(got, expected, strict=True):
+            why = why or self.differs(k, o)
+        return (output, verdict) if why is None else (self.by_original(), Verdict(accepted=False, reason=why))
+
+    def differs(self, kernel: Tensor, original: Tensor) -> str | None:
+        """Why one whole output is not good enough, or `None`. Rows that stand out get the benefit of the float64 reference."""
+        if kernel.shape != original.shape or kernel.dtype != original.dtype:
+            return f"gives {tuple(kernel.shape)} {kernel.dtype}, the original {tuple(original.shape)} {original.dtype}"
+        start = 0
+        for k, o in zip(_blocks(kernel), _blocks(original), strict=True):
+            found = compare(k, o, o if o.device.type == "mps" else o.double(), slack=BOTH)
+            if found.wrong is not None:
+                error = (k.double() - o.double()).nan_to_num(torch.inf).norm(dim=-1) / (o.double().norm(dim=-1) + 1e-300)
+                worst = error.nan_to_num(torch.inf).topk(min(SUSPECTS, len(error))).indices.cpu() + start
+                why = f"differs in output, {found.wrong} (in the whole call)"
+                return self.suspected(worst) if self.site.row.probe in ROWWISE else why
+            start += len(k)
+        return None
+
+    def suspected(self, rows: Tensor) -> str | None:
+        """What the full check says about these rows."""
+        picked = self.taken(rows)
+        assert self.pair is not None
+        try:
+            if picked is not None:
+                case = self.case(f"rows {rows[:3].tolist()}... of this call", picked)
+                with memory.quiet(self.device):
+                    trial.examine(self.pair, case, trial.Errors(), wants=[self.want], slow=False)
+        except (Differs, trial.Skip) as e:
+            return f"{e} (on rows {rows[:3].tolist()}... of this call)"
+        return None
+
+
+def _copy(module: nn.Module | None) -> tuple[nn.Module | None, bool]:
+    """A copy whose tensors are its own, and whether it is one; else the module itself (offloaded, sharded, very large)."""
+    if module is None:
+        return None, True
+    held = tensors(module)
+    if any(t.is_meta or type(t) not in (Tensor, nn.Parameter, nn.Buffer) for t in held.values()):
+        return module, False
+    if sum(t.untyped_storage().nbytes() for t in held.values()) > OWN:
+        return twin(module, lambda _, t: _leaf(t.detach(), t)), True
+    return twin(module, lambda _, t: _leaf(t.detach().clone(), t)), True
+
+
+def _leaf(tensor: Tensor, like: Tensor) -> Tensor:
+    return nn.Parameter(tensor, requires_grad=like.requires_grad) if isinstance(like, nn.Parameter) else tensor
+
+
+def _own(value: Any) -> Any:
+    """A copy in the same layout; a tensor that was a view with gaps keeps its strides."""
+    if not isinstance(value, Tensor):
+        return value
+    held = value.detach()
+    if value.is_contiguous() or held.numel() == 0 or 0 in held.stride():
+        return held.clone(memory_format=torch.preserve_format)
+    span = sum((n - 1) * s for n, s in zip(held.shape, held.stride(), strict=True)) + 1
+    base = torch.empty(span, dtype=held.dtype, device=held.device)
+    copy = base.as_strided(held.shape, held.stride())
+    return copy.copy_(held)
+
+
+def _strided(value: Any) -> Any:
+    """The same numbers, every second row of a tensor that is NaN elsewhere."""
+    if not isinstance(value, Tensor) or value.ndim < 2 or not value.is_floating_point():
+        return value
+    wide = torch.full(
+        (*value.shape[:-2], 2 * value.shape[-2], value.shape[-1]), torch.nan, dtype=value.dtype, device=value.device
+    )
+    view = wide[..., ::2, :]
+    return view.copy_(value.detach())
+
+
+def _simple(value: Any) -> bool:
+    """Whether a check can call twice with it: a tensor, or something that holds none (a cache would remember the first call)."""
+    if isinstance(value, Tensor | nn.Module):
+        return True
+    held = pytree.tree_leaves(list(getattr(value, "__dict__", {}).values()))
+    return not type(value).__name__.endswith("Cache") and not any(isinstance(v, Tensor) for v in held)
+
+
+def _blocks(t: Tensor) -> Iterator[Tensor]:
+    """Some rows at a time: float64 copies of them stay within `PART` elements."""
+    rows = t.reshape(-1, t.shape[-1]) if t.ndim else t.reshape(1, 1)
+    step = max(1, PART // max(1, rows.shape[-1]))
+    yield from (rows[start : start + step] for start in range(0, len(rows), step))
+
+
+# -- rows of a call ------------------------------------------------------------------------------------------------
+
+
+def take(probe: str, leaves: Sequence[Any], index: Tensor, unsqueeze_dim: int = 1) -> list[Any] | None:
+    """The call restricted to some rows (row-wise probes) or positions (rotary); None where that has no meaning."""
+    floating = [t for t in leaves if isinstance(t, Tensor) and t.is_floating_point() and t.ndim]
+    if not floating:
+        return None
+    if probe in ROWWISE:
+        lead = floating[0].shape[:-1]
+        return [
+            t.reshape(-1, t.shape[-1])[index.to(t.device)] if isinstance(t, Tensor) and t.ndim > 1 and t.shape[:-1] == lead else t
+            for t in leaves
+        ]
+    if probe == "rotary" and len(floating) >= 4 and floating[0].ndim == 4:
+        axes = [3 - unsqueeze_dim] * 2 + [floating[2].ndim - 2] * 2
+        if len({t.shape[a] for t, a in zip(floating[:4], axes, strict=True)}) != 1:
+            return None
+        picked = {id(t): t.index_select(a, index.to(t.device)) for t, a in zip(floating[:4], axes, strict=True)}
+        return [picked.get(id(t), t) for t in leaves]
+    return None
+
+
+def positions(probe: str, leaves: Sequence[Any], unsqueeze_dim: int = 1) -> int:
+    """How many indices `take` can choose from."""
+    floating = [t for t in leaves if isinstance(t, Tensor) and t.is_floating_point() and t.ndim]
+    if not floating:
+        return 0
+    if probe in ROWWISE:
+        return inputs.count(floating)
+    return int(floating[0].shape[3 - unsqueeze_dim]) if probe == "rotary" and floating[0].ndim == 4 else 0

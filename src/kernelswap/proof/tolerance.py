@@ -1,0 +1,235 @@
+"""How wrong is too wrong: the one table of limits, and the errors that are held against it. Pure functions of tensors.
+
+A kernel is not asked to be close to the original; it is asked to be as accurate as the original. Both are compared with a
+float64 reference, per row (a row is the last dimension), in three ways, so that neither small rows nor single elements hide:
+
+* `row`: norm of the difference over norm of the reference row;
+* `element`: largest difference over the largest magnitude of the row;
+* `relative`: largest difference over the element's own magnitude plus `share` of the row's largest; where the original itself
+  is that accurate in every element, which sums are not.
+
+The limit of each row is `factor` times the original's own error in that row (at least its median over the rows, so that an
+original that happens to be exact somewhere sets no trap) plus a floor in units of the dtype's rounding, plus eight times what
+the reference itself changes when the inputs move by one rounding of the arithmetic inside (`spread`): where the question is
+ill-conditioned, no answer is held to more digits than the question has.
+
+On inputs with independent rounding errors (`generic` cases) there is a fourth, much sharper one: `coherent`, the part of the
+difference that lies along the reference. Rounding noise averages out there as 1/sqrt(n); an accumulation in bfloat16, or an
+eps of 1e-5 in place of 1e-6, does not.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+SINGLE = 2.0**-24
+"""Unit roundoff of float32: what 16-bit kernels compute with inside."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tolerance:
+    """Limits for outputs of one dtype. Floors are in multiples of `unit`."""
+
+    unit: float
+    """Unit roundoff: half the distance from 1 to the next larger number."""
+    inside: float
+    """Unit roundoff of the arithmetic inside."""
+    factor: float
+    row: float
+    element: float
+    relative: float
+    share: float
+    coherent: float
+    """Floor of the coherent error, absolute: what an approximate rsqrt or exp in hardware costs."""
+    flush: float
+    """Differences up to this size are the dtype's own granularity near zero."""
+
+
+TOLERANCES: dict[torch.dtype, Tolerance] = {
+    # share 1 for the wide ones: their arithmetic inside is no finer than their rounding, so elements are held to the row.
+    torch.float64: Tolerance(2.0**-53, 2.0**-53, 4.0, 64.0, 128.0, 128.0, 1.0, 2.0**-46, 2.3e-308),
+    torch.float32: Tolerance(SINGLE, SINGLE, 4.0, 16.0, 32.0, 32.0, 1.0, 2.0**-20, 1.2e-38),
+    torch.float16: Tolerance(2.0**-11, SINGLE, 2.5, 2.0, 4.0, 4.0, 2.0**-7, 2.0**-18, 2.0**-22),
+    torch.bfloat16: Tolerance(2.0**-8, SINGLE, 2.5, 2.0, 4.0, 4.0, 2.0**-9, 2.0**-18, 1.2e-38),
+}
+
+CONDITION = 8.0  # times the reference's own move under one rounding of its inputs
+SUMS = 2.0  # floors of gradients: their formulas round more often, and every implementation has its own
+LOUDEST = 0.98  # a reference beyond this share of the dtype's range may round to inf in one and not in the other
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One tensor of a kernel compared with the original's. `wrong` is None when it is fine."""
+
+    wrong: str | None
+    original: float
+    """Largest row error of the original."""
+    kernel: float
+
+
+def compare(
+    kernel: Tensor,
+    original: Tensor,
+    reference: Tensor,
+    *,
+    spread: Tensor | None = None,
+    generic: bool = False,
+    gradient: bool = False,
+    level: float = 0.0,
+    slack: float = 1.0,
+) -> Finding:
+    """Hold `kernel` against `reference` by the yardstick of `original`.
+
+    Shapes: all equal, any rank; a row is the last dimension. dtypes: kernel and original equal, reference float64 (or what
+    the machine has). `spread` is |reference(moved inputs) - reference|. A `gradient` is a sum. Rows
+    smaller than `level` times the median row are held to that instead of to their own size. `slack` multiplies the floors, for when the original
+    has to be its own reference and shows no error of its own.
+    """
+    limits = TOLERANCES.get(original.dtype)
+    if limits is None:
+        return _exact(kernel, original)
+    shape = _shape(original)
+    if original.numel() == 0:
+        return Finding(None, 0.0, 0.0)
+    k, o, r = (_rows(t, shape) for t in (kernel, original, reference))
+    wrong = _nonfinite(k, o, r, torch.finfo(original.dtype).max, shape)
+    if wrong is not None:
+        return Finding(wrong, 0.0, math.inf)
+    fine = r.isfinite() & k.isfinite()
+    r = torch.where(fine, r, 0.0)
+    dk = _difference(k, r, fine, limits.flush)
+    do = _difference(o, r, fine & o.isfinite(), limits.flush)
+    s = torch.zeros_like(r) if spread is None else torch.where(fine, _rows(spread, shape), 0.0).nan_to_num(0.0, 0.0, 0.0)
+    ek, eo, es = (_errors(d, r, limits.share, level) for d in (dk, do, s))
+    worst_original, worst_kernel = float(eo[0].max()), float(ek[0].max())
+    if gradient:
+        slack *= SUMS
+    floors = limits.row, limits.element, limits.relative
+    for name, i in (("element", 1), ("row", 0), ("relative", 2)):
+        if name == "relative" and (gradient or float(eo[i].max()) > limits.relative * limits.unit):
+            continue  # sums cancel: the original promises nothing about single small elements either
+        usual = eo[i].median()
+        limit = limits.factor * torch.maximum(eo[i], usual) + slack * floors[i] * limits.unit + CONDITION * es[i]
+        over = ek[i] / limit
+        at = int(over.nan_to_num(torch.inf).argmax())
+        if not float(over[at]) <= 1.0:
+            return Finding(_say(name, at, shape, (ek[i], eo[i], limit), (dk, k, r)), worst_original, worst_kernel)
+    if generic and s.max() <= limits.unit * r.abs().max():
+        wrong = _coherent(k, o, r, limits)
+    return Finding(wrong, worst_original, worst_kernel)
+
+
+# -- errors -------------------------------------------------------------------------------------------------------
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape) if tensor.ndim else (1,)
+
+
+def _rows(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    wide = torch.float64 if tensor.device.type != "mps" else torch.float32
+    return tensor.detach().to(wide).reshape(-1, shape[-1])
+
+
+def _difference(value: Tensor, reference: Tensor, where: Tensor, flush: float) -> Tensor:
+    return torch.where(where, ((value - reference).abs() - flush).clamp_min(0), 0.0)
+
+
+def _errors(difference: Tensor, reference: Tensor, share: float, level: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Row, element and relative error, each of shape (rows,)."""
+    tiny = 1e-300 if reference.dtype == torch.float64 else 1e-37
+    size = reference.abs()
+    norm, top = size.norm(dim=-1), size.amax(dim=-1)
+    if reference.shape[-1] < 16:  # in a short row everything may cancel: its neighbours say what is small
+        level = max(level, 0.1)
+    if level:
+        norm, top = torch.maximum(norm, level * norm.median()), torch.maximum(top, level * top.median())
+    row = difference.norm(dim=-1) / (norm + tiny)
+    element = difference.amax(dim=-1) / (top + tiny)
+    relative = (difference / (size + share * top[:, None] + tiny)).amax(dim=-1)
+    return row, element, relative
+
+
+def _coherent(k: Tensor, o: Tensor, r: Tensor, limits: Tolerance) -> str | None:
+    rows, n = r.shape
+    if n < 64 or rows < 8:
+        return None
+    power = (r * r).sum(-1)
+    live = power > 0
+    if int(live.sum()) < 8:
+        return None
+    k, o, r, power = k[live], o[live], r[live], power[live]
+    along_k, along_o = ((d * r).sum(-1) / power for d in (k - r, o - r))
+    noise = limits.unit / math.sqrt(n)
+    limit = float(3.0 * along_o.square().mean().sqrt()) + noise + limits.coherent
+    found = float(along_k.square().mean().sqrt())
+    if found > limit:
+        return (
+            f"every row is off by a common factor: {found:.1e} along the reference "
+            f"(original {float(along_o.square().mean().sqrt()):.1e}, limit {limit:.1e})"
+        )
+    share = power / power.sum()
+    whole_k, whole_o = abs(float((along_k * share).sum())), abs(float((along_o * share).sum()))
+    limit = 3.0 * whole_o + 2.0 * noise / math.sqrt(rows) + limits.coherent
+    if whole_k > limit:
+        return f"all is off by a common factor: {whole_k:.1e} along the reference (original {whole_o:.1e}, limit {limit:.1e})"
+    return None
+
+
+# -- what is no number --------------------------------------------------------------------------------------------
+
+
+def _nonfinite(k: Tensor, o: Tensor, r: Tensor, largest: float, shape: tuple[int, ...]) -> str | None:
+    if bool(k.isfinite().all()) and bool(o.isfinite().all()):
+        return None
+    loud = r.abs() > LOUDEST * largest
+    checks = (
+        (k.isnan() & ~o.isnan() & ~r.isnan(), "NaN where the original has a number"),
+        (k.isinf() & o.isfinite() & ~loud, "infinite where the original is finite"),
+        (~k.isnan() & o.isnan() & r.isnan(), "hides a NaN that the original shows"),
+        (k.isfinite() & o.isinf() & ~r.isfinite(), "finite where the original is infinite"),
+        (k.isinf() & o.isinf() & (k.sign() != o.sign()), "infinite with the wrong sign"),
+    )
+    for where, what in checks:
+        if bool(where.any()):
+            return f"{what}: {int(where.sum())} of {where.numel()} elements, first at {_position(int(where.flatten().int().argmax()), shape)}"
+    return None
+
+
+def _exact(kernel: Tensor, original: Tensor) -> Finding:
+    """Integers and booleans have no rounding."""
+    if torch.equal(kernel, original):
+        return Finding(None, 0.0, 0.0)
+    wrong = (kernel != original).flatten()
+    where = _position(int(wrong.int().argmax()), _shape(original))
+    return Finding(f"{int(wrong.sum())} of {wrong.numel()} elements differ, first at {where}", 0.0, math.inf)
+
+
+# -- words --------------------------------------------------------------------------------------------------------
+
+
+def _position(flat: int, shape: tuple[int, ...]) -> str:
+    index = []
+    for size in reversed(shape):
+        index.append(flat % size)
+        flat //= size
+    return f"[{', '.join(map(str, reversed(index)))}]"
+
+
+def _say(
+    name: str, at: int, shape: tuple[int, ...], errors: tuple[Tensor, Tensor, Tensor], held: tuple[Tensor, Tensor, Tensor]
+) -> str:
+    """`errors`: of the kernel, of the original, the limit, by row; `held`: the differences, the kernel's rows, the reference's."""
+    found, original, limit = (float(e[at]) for e in errors)
+    numbers = f"error {found:.1e} (original {original:.1e}, limit {limit:.1e})"
+    if name == "row":
+        where = _position(at * shape[-1], shape).rpartition(",")[0] + ", :]" if len(shape) > 1 else "[:]"
+        return f"row {where}: {numbers}"
+    difference, k, r = (t[at] for t in held)
+    column = int((difference if name == "element" else difference / (r.abs() + 1e-37)).argmax())
+    return f"element {_position(at * shape[-1] + column, shape)} is {float(k[column]):.6g}, not {float(r[column]):.6g}: {numbers}"

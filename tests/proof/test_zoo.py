@@ -1,0 +1,73 @@
+"""Every faulty kernel is refused, for what is wrong with it; no correct one is, however it rounds."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tests.proof.zoo import FLOATS, ORIGINALS, RIGHT, WRONG, Specimen, prove
+
+from kernelswap.proof import Check
+
+SAYS = {  # what the reason must name, where "differs in output" is not the point
+    "accumulates_in_sixteen_bits": ("common factor", "differs in output"),
+    "no_gradient_for_the_weight": ("no gradient of weight",),
+    "only_in_backward": ("gradient of hidden_states",),
+    "weight_gradient_of_the_last_block": ("gradient of weight",),
+    "writes_into_the_gradient_it_is_given": ("changes the gradient of output 0 in place",),
+    "takes_the_gradient_for_contiguous": ("differs in the gradient",),
+    "inverse_rotation_in_backward": ("gradient of q",),
+    "only_under_compile": ("under torch.compile",),
+    "hides_nan": ("hides a NaN",),
+    "nan_on_zeros": ("NaN where the original has a number",),
+    "changes_its_input": ("changes its input hidden_states",),
+    "changes_its_weight": ("changes the module's weight",),
+    "returns_its_input": ("in place", "memory of its input"),
+    "returns_a_stale_buffer": ("same memory from two calls", "result of an earlier call"),
+    "leaks": ("leaks memory",),
+    "raises_when_there_is_much": ("raises RuntimeError: CUDA error",),
+    "raises_on_nothing": ("raises ZeroDivisionError", "no rows"),
+    "wrong_dtype": ("the dtype torch.float32",),
+    "wrong_layout": ("not contiguous",),
+    "draws_random_numbers": ("draws random numbers",),
+    "returns_a_tuple": ("returns",),
+    "rotates_in_place": ("changes its input q",),
+    "leaves_the_tail_unwritten": ("NaN where", "differs in output"),
+    "exponential_overflows_in_backward": ("NaN where the original has a number",),
+    "adds_to_memory_that_it_did_not_clear": ("NaN where",),
+}
+
+
+def draws(specimens: list[Specimen]):
+    return [pytest.param(s, d, id=f"{s.name}-{str(d).removeprefix('torch.')}") for s in specimens for d in s.dtypes]
+
+
+@pytest.mark.parametrize(("specimen", "dtype"), draws(WRONG))
+def test_a_wrong_kernel_is_refused_and_the_reason_says_what_is_wrong(specimen, dtype):
+    verdict = prove(Check(None), specimen, dtype, ORIGINALS[specimen.original].widths[1])
+    assert not verdict.accepted
+    expected = SAYS.get(specimen.name, ("differs in",))
+    assert any(text in verdict.reason for text in expected), verdict.reason
+
+
+@pytest.mark.parametrize(("specimen", "dtype"), draws(RIGHT))
+def test_a_right_kernel_is_accepted_however_it_rounds(specimen, dtype):
+    for training in {False, specimen.training}:
+        for width in ORIGINALS[specimen.original].widths[:2]:
+            verdict = prove(Check(None), replace(specimen, training=training), dtype, width)
+            assert verdict.accepted, verdict.reason
+
+
+@pytest.mark.parametrize("name", sorted(ORIGINALS))
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_the_original_stands_in_for_itself(name, dtype):
+    original = ORIGINALS[name]
+
+    def itself():
+        return original.function or type(original.make(64)).forward
+
+    for training in (False, True):
+        verdict = prove(Check(None), Specimen("itself", name, itself, training=training), dtype, 64)
+        assert verdict.accepted, verdict.reason
+        assert dict(verdict.details)["reference"] == "float64"
+        assert verdict.error_kernel == pytest.approx(verdict.error_original, rel=0.5)
+        assert verdict.error_original < 40 * torch.finfo(dtype).eps
