@@ -101,7 +101,7 @@ class Sigstore:
 
         return Verifier(trusted_root=self.trusted_root())
 
-    def certificate(self, key, *, issuer, repository, workflow):
+    def certificate(self, key, *, issuer, repository, workflow, issuer_v2=None):
         def build(sct=None):
             builder = self._builder(x509.Name([]), self.ca.subject, key, days=1)
             builder._serial_number = serial  # the same certificate with and without the timestamp in it
@@ -113,7 +113,7 @@ class Sigstore:
                 .add_extension(x509.SubjectAlternativeName([x509.UniformResourceIdentifier(workflow)]), critical=True)
                 .add_extension(x509.UnrecognizedExtension(ObjectIdentifier(FULCIO + "1"), issuer.encode()), critical=False)
             )
-            for number, text in ((8, issuer), (9, workflow), (12, repository)):
+            for number, text in ((8, issuer_v2 or issuer), (9, workflow), (12, repository)):
                 extension = x509.UnrecognizedExtension(ObjectIdentifier(FULCIO + str(number)), utf8(text))
                 builder = builder.add_extension(extension, critical=False)
             if sct is not None:
@@ -132,9 +132,9 @@ class Sigstore:
         listed = len(listed).to_bytes(2, "big") + listed
         return build(b"\x04" + (bytes([len(listed)]) if len(listed) < 128 else b"\x81" + bytes([len(listed)])) + listed)
 
-    def bundle(self, data, *, issuer, repository, workflow):
+    def bundle(self, data, **identity):
         key = ec.generate_private_key(ec.SECP256R1())
-        certificate = self.certificate(key, issuer=issuer, repository=repository, workflow=workflow)
+        certificate = self.certificate(key, **identity)
         signature = sign(key, data)
         pem = certificate.public_bytes(serialization.Encoding.PEM)
         body = json.dumps(

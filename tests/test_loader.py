@@ -102,7 +102,7 @@ def _timed(f):
 
 
 def test_32_threads_run_it_once(put):
-    artifact = put({"__init__.py": "import time\nfrom . import slow\n" + COUNT, "slow.py": "import time\n"})
+    artifact = put({"__init__.py": "import threading\nthreading.Event().wait(0.1)\n" + COUNT})  # long enough for all to come
     found, barrier = [], threading.Barrier(32)
 
     def work():

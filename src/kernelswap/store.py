@@ -540,7 +540,7 @@ def _acquire(path: Path, seconds: float) -> filelock.BaseFileLock | None:
 def _seal(root: Path) -> None:
     """Read-only files, on disk before they get their name. Directories stay writable, so that `rm -r` works."""
     for path, found in tree.walk(root):
-        if stat.S_ISREG(found.st_mode) and found.st_nlink == 1:  # through a second name we would change somebody's file
+        if stat.S_ISREG(found.st_mode):
             (root / path).chmod(0o444)
             descriptor = os.open(root / path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
             try:
