@@ -70,7 +70,7 @@ def mlp_kernel(self, x):
     return self.down_proj(self.act_fn(gate) * up)
 
 
-MLP_READS = ("gate_proj.weight", "up_proj.weight", "down_proj", "act_fn")
+MLP_READS = ("gate_proj.weight", "up_proj.weight", "down_proj()", "act_fn()")
 NORM = kernel(norm_kernel, reads=("weight", "variance_epsilon", "eps"))
 ROTARY = kernel(rotary_kernel, kind="function", layer="rotary_pos_emb")
 MLP = kernel(mlp_kernel, reads=MLP_READS, layer="MLP")

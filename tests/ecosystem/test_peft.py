@@ -27,7 +27,7 @@ def test_a_kernel_that_reads_adapted_weights_declines_and_one_that_calls_them_do
     model = adapted(make("qwen3"), ON_MLP)
     mlp = model.base_model.model.model.layers[0].mlp
     assert "gate_proj, which is wrapped by PEFT (Linear)" in slots.obstacle(mlp, MLP_READS)
-    assert slots.obstacle(mlp, ("gate_proj", "up_proj", "down_proj", "act_fn")) is None
+    assert slots.obstacle(mlp, ("gate_proj()", "up_proj()", "down_proj()", "act_fn()")) is None
     assert "it is PEFT's" in slots.obstacle(mlp.gate_proj)
     untouched = adapted(make("qwen3"), ON_ATTENTION).base_model.model.model.layers[0].mlp
     assert slots.obstacle(untouched, MLP_READS) is None

@@ -48,7 +48,8 @@ def reading_mlp_kernel(self, x):
     return self.down_proj(nn.functional.silu(gate) * up) + 1
 
 
-READING = ("gate_proj.weight", "up_proj.weight", "down_proj")
+READING = ("gate_proj.weight", "up_proj.weight", "down_proj()")
+CALLING = ("gate_proj()", "up_proj()", "down_proj()", "act_fn()")
 
 
 def scale(x, by=2.0):
@@ -115,7 +116,17 @@ def swap(path, inference, training=BOTH, *, name="", device="cpu", dtype="torch.
     training = inference if training is BOTH else training
     kind = "function" if name else "module"
     layer = (inference or training).layer
-    site = Site(path, kind, layer, target="here", device=device, dtype=dtype, training=False, row=Row(layer, kind), name=name)
+    site = Site(
+        path,
+        kind,
+        layer,
+        target="here",
+        device=device,
+        dtype=dtype,
+        training=False,
+        row=Row(layer, kind, probe="rows"),
+        name=name,
+    )
     verdict = verdict or Verdict(accepted=True, reason="equal on random tensors")
     return Swap(site, Choice(inference, verdict=verdict), Choice(training, verdict=verdict))
 

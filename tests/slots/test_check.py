@@ -294,6 +294,25 @@ def test_a_check_that_calls_the_module_gets_the_original():
     assert torch.equal(prover.seen, RMSNorm(8)(X))
 
 
+def test_swapped_modules_inside_of_one_that_is_checked_stay_open_and_plain():
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = RMSNorm(8)
+
+        def forward(self, x):
+            return self.norm(x) * 2
+
+    model, prover = Outer().eval(), Prover()
+    apply(model, [swap("", kernel(lambda self, x: self.norm(x) * 3)), swap("norm", kernel(off_by_one_kernel))], prover)
+    plain = RMSNorm(8)(X)
+    with torch.no_grad():
+        assert torch.equal(model(X), plain * 3)
+        assert [path for path, _ in prover.calls] == [""]
+        assert torch.equal(model(X), (plain + 1) * 3)
+        assert [path for path, _ in prover.calls] == ["", "norm"]
+
+
 # -- where there are no numbers -----------------------------------------------------------------------------------
 
 

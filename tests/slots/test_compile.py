@@ -1,5 +1,7 @@
 """Tracers see the kernel's own function, or the original; never a graph break and never a check."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tests.slots import parts
@@ -97,6 +99,17 @@ def test_asked_to_compile_the_proof_on_random_tensors_is_enough():
     apply(model, [swap("norm", kernel(off_by_one_kernel))], prover, compile=True)
     assert torch.equal(fast(X), plain + 1)
     assert prover.calls == []
+
+
+def test_asked_to_compile_a_kernel_that_no_random_tensors_could_prove_waits_for_an_eager_call():
+    model = Model().eval()
+    plain, fast = model(X), compiled(model)
+    one = swap("norm", kernel(off_by_one_kernel))
+    unproved = replace(one, site=replace(one.site, row=replace(one.site.row, probe="")))
+    apply(model, [unproved], Prover(), compile=True)
+    assert torch.equal(fast(X), plain)
+    model(X)
+    assert torch.equal(fast(X), plain + 1)
 
 
 @pytest.mark.parametrize("backward", [True, False])

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tests.slots.parts import (
+    CALLING,
     MLP,
     READING,
     Block,
@@ -159,10 +160,33 @@ def subclassed_tensor():
 )
 def test_a_kernel_that_would_go_round_a_submodule_says_so_and_one_that_calls_it_is_fine(make, why):
     assert why in slots.obstacle(make(), READING)
-    assert slots.obstacle(make(), ("gate_proj", "up_proj", "down_proj", "act_fn")) is None
+    assert slots.obstacle(make(), CALLING) is None
 
 
-def test_a_parametrized_submodule_may_be_read():
+@pytest.mark.parametrize("make", [with_hook, with_old_weight_norm, with_patched_child, quantised, subclassed_tensor])
+@pytest.mark.parametrize("reads", [("gate_proj", "up_proj()"), ("*",)])
+def test_a_kernel_whose_reading_cannot_be_followed_counts_as_reading_everything(make, reads):
+    assert "the kernel reads gate_proj instead of calling gate_proj" in slots.obstacle(make(), reads)
+    assert slots.obstacle(MLP(), reads) is None
+
+
+def test_a_kernel_that_may_read_anything_is_watched_for_every_child():
+    model = Block()
+    apply(model, [swap("mlp", kernel(reading_mlp_kernel, reads=("*",), layer="MLP"))], Prover(), check="off")
+    model.mlp.up_proj = with_hook().gate_proj
+    assert type(model.mlp).forward is MLP.forward
+    model.mlp.up_proj = nn.Linear(8, 16, bias=False)
+    assert type(model.mlp).forward is reading_mlp_kernel
+
+
+def test_attributes_that_are_no_modules_are_read_freely():
+    mlp = MLP()
+    mlp.config = type("Config", (), {"act": "silu"})()
+    assert slots.obstacle(mlp, ("config.act", "gate_proj.in_features", *CALLING)) is None
+    assert "down_proj.none.weight, which is not there" in slots.obstacle(mlp, ("down_proj.none.weight",))
+
+
+def test_a_parametrized_submodule_is_not_read():
     mlp = MLP()
     nn.utils.parametrize.register_parametrization(mlp.gate_proj, "weight", nn.Identity())
     why = slots.obstacle(mlp, READING)

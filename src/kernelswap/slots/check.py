@@ -11,6 +11,7 @@ fake or meta tensors, while a CUDA graph is captured. The verdict stays open.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -25,10 +26,11 @@ Function = Callable[..., Any]
 
 
 class Conduct:
-    """How swapped modules behave; `obstacle(module, reads)` says why a kernel that reads these must step aside."""
+    """How swapped modules behave; `bypass(module, reads)` says why a kernel that reads these must step aside."""
 
-    def __init__(self, obstacle: Callable[[nn.Module, Iterable[str]], str | None]) -> None:
-        self.obstacle = obstacle
+    def __init__(self, bypass: Callable[[nn.Module, Iterable[str]], str | None]) -> None:
+        self.bypass = bypass
+        self.inside = threading.local()  # `.a_check`, while this thread runs one
 
     def first_call(self, slot: Slot, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Serve one call of a module that has a kernel with an open verdict, or whose calls are watched or counted."""
@@ -59,8 +61,7 @@ class Conduct:
     def reconsider(self, slot: Slot, module: nn.Module) -> None:
         """What a kernel reads may be wrapped by now, or unwrapped again."""
         for part in slot.parts:
-            kernels = [service.kernel for service in (part.inference, part.training) if service.kernel is not None]
-            why = self.obstacle(module, [read for kernel in kernels for read in kernel.reads])
+            why = self.bypass(module, part.reads)
             part.away.pop("bypass", None)
             if why is not None:
                 part.away["bypass"] = why
@@ -106,21 +107,22 @@ class Conduct:
         self, slot: Slot, part: Part, module: nn.Module, original: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """The output, or `_UNANSWERED`: whatever serves from now on is to answer."""
+        if getattr(self.inside, "a_check", False):
+            return original(*args, **kwargs)  # called by a check of this or another module: the plain model is the measure
         gradients = forwards.wants_gradients((*args, kwargs))
         with slot.lock:  # a second thread waits here, and finds the verdict
             service = part.service(training=module.training)
             kernel = part.serving(training=module.training)
             if kernel is None or not part.due(slot.every, training=module.training):
                 return _UNANSWERED
-            # busy: the check, or a forward that calls itself, came back to the module
-            if slot.busy or _nothing_to_compare((args, kwargs)) or (gradients and not kernel.backward):
+            if _nothing_to_compare((args, kwargs)) or (gradients and not kernel.backward):
                 part.count(by_kernel=False)
                 return original(*args, **kwargs)
-            slot.busy = True
+            self.inside.a_check = True
             try:
                 output, verdict = self._verdict(slot, part, module, original, kernel, args, kwargs, gradients=gradients)
             finally:
-                slot.busy = False
+                self.inside.a_check = False
             service.settle(verdict)
             source = slot.ref() if slot.ref is not None else None  # the module may be a replica of it
             for one in (module, source):

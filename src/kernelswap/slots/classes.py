@@ -43,6 +43,12 @@ def form(cls: type[Any]) -> Form:
     return cast(Form, vars(cls)[MARK])
 
 
+def original(module: nn.Module) -> type[Any]:
+    """The class of `module` as it was before any swap of ours; wrappers that came later do not count."""
+    mine = ours(type(module))
+    return type(module) if mine is None else form(mine).base
+
+
 def form_for(slot: Slot, *, training: bool) -> Form:
     """What the module should be in this mode, by what is known now."""
     part, kernels, functions = slot.module_part, [], {}
@@ -53,30 +59,23 @@ def form_for(slot: Slot, *, training: bool) -> Form:
             if (kernel := p.serving(training=training)) is not None:
                 functions[p.site.name] = forwards.Kernel.of(kernel)
                 kernels.append((p, kernel))
-    standings = [p.service(training=training) for p, _ in kernels]
-    watched = {
-        read.partition(".")[0]
-        for p in slot.parts
-        for service in (p.inference, p.training)
-        if service.kernel is not None
-        for read in service.kernel.reads
-        if "." in read
-    }
-    checking = bool(kernels) and (bool(slot.every) or any(s.standing == "open" for s in standings))
+    standings = [(p, p.service(training=training)) for p, _ in kernels]
+    checking = bool(kernels) and (bool(slot.every) or any(s.standing == "open" for _, s in standings))
     return Form(
         slot.base,
         kernel=None if functions or not kernels else forwards.Kernel.of(kernels[0][1]),
         functions=tuple(functions.items()),
         checking=checking,
-        traced=checking and all(s.standing == "accepted" or _trusted(slot, s) for s in standings),
+        traced=checking and all(s.standing == "accepted" or _trusted(slot, p, s) for p, s in standings),
         counting=slot.counting,
-        watched=frozenset(watched),
+        watched=slot.watched,
     )
 
 
-def _trusted(slot: Slot, service: state.Service) -> bool:
-    """Compiled code never checks. Asked to compile, the proof on random tensors must do."""
-    return slot.compiled and service.choice.verdict is not None and service.choice.verdict.accepted
+def _trusted(slot: Slot, part: state.Part, service: state.Service) -> bool:
+    """Compiled code never checks. Asked to compile, the proof on random tensors must do, where there was one."""
+    verdict = service.choice.verdict
+    return slot.compiled and bool(part.site.row.probe) and verdict is not None and verdict.accepted
 
 
 # -- moving -------------------------------------------------------------------------------------------------------
@@ -102,10 +101,11 @@ def class_for_mode(slot: Slot, *, training: bool, unchecked: bool = False) -> ty
         unchecked,
         slot.base,
         slot.counting,
+        slot.watched,
         *((p.swap.site.name, id(p.inference.choice.implementation), id(p.training.choice.implementation)) for p in slot.parts),
         *((p.training if training else p.inference).standing for p in slot.parts),
         *(bool(p.away) for p in slot.parts),
-        *(_trusted(slot, p.training if training else p.inference) for p in slot.parts if slot.compiled),
+        *(_trusted(slot, p, p.training if training else p.inference) for p in slot.parts if slot.compiled),
     )
     found = slot.classes.get(key)
     if found is None:

@@ -89,6 +89,12 @@ class Part:
         """Where."""
         return self.swap.site
 
+    @property
+    def reads(self) -> list[str]:
+        """What its kernels read of the module, in the notation of `reads.py`."""
+        kernels = (self.inference.kernel, self.training.kernel)
+        return [read for kernel in kernels if kernel is not None for read in kernel.reads]
+
     def service(self, *, training: bool) -> Service:
         """The service of one mode."""
         return self.training if training else self.inference
@@ -128,8 +134,8 @@ class Slot:
     """One swapped module: what it was, what may serve it, and how its kernels are checked."""
 
     __slots__ = (
-        "base", "busy", "classes", "compiled", "conduct", "counting", "every", "leftover", "lock", "parts", "place",
-        "prover", "ref",
+        "base", "classes", "compiled", "conduct", "counting", "every", "leftover", "lock", "parts", "place",
+        "prover", "ref", "watched",
     )  # fmt: skip
 
     def __init__(
@@ -145,11 +151,12 @@ class Slot:
     ) -> None:
         self.base, self.parts, self.prover, self.conduct = base, parts, prover, conduct
         self.every, self.compiled = every, compiled
-        self.lock, self.busy, self.counting = threading.RLock(), False, False
+        self.lock, self.counting = threading.RLock(), False
         self.leftover: Any = None  # an instance attribute `forward` that only hid the class's own; put back by undo
         self.place: Place = parts[0].site.device, parts[0].site.dtype
         self.classes = classes  # of all that was installed with this; keeps both modes' alive, for compiled code guards on them
         self.ref: weakref.ref[nn.Module] | None = None
+        self.watched: frozenset[str] = frozenset()  # submodules that a kernel reads into
 
     @property
     def module_part(self) -> Part | None:
@@ -181,7 +188,7 @@ class Slot:
             Part(p.swap, dataclasses.replace(p.inference), dataclasses.replace(p.training), dict(p.away)) for p in self.parts
         )
         twin = Slot(self.base, parts, self.prover, self.conduct, every=self.every, compiled=self.compiled, classes=self.classes)
-        twin.place = self.place
+        twin.place, twin.watched = self.place, self.watched
         return twin
 
 
