@@ -1,12 +1,16 @@
 """Fixtures for every test: a hub on loopback, caches below tmp_path, and kernels made in one line."""
 
+import os
+
 import pytest
 from tests.hub import Hub, kernel_files
+from tests.kernels import layers_build, native_build  # noqa: F401  # fixtures
 
 
 @pytest.fixture(scope="session")
 def _hubs():
     """Starting one takes longer than most tests: it is used again until a test stops it."""
+    os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"
     started = []
     yield started
     for running in started:

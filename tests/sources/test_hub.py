@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import os
 import pathlib
 import subprocess
 import sys
@@ -10,12 +11,15 @@ import time
 from dataclasses import replace
 
 import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 from tests.contract.sources import SourceContract, Subject, on_disk
 from tests.hub import Hub, kernel_files
 
 import kernelswap
-from kernelswap.errors import BadMetadata, NotCached, Refused, UnknownKernel, Unreachable
+from kernelswap.errors import BadMetadata, KernelSwapError, NotCached, Refused, UnknownKernel, Unreachable
 from kernelswap.sources.hub import HubSource
+from kernelswap.sources.hub_cache import CachedRepo
 from kernelswap.sources.hub_client import HubClient
 from kernelswap.spec import parse
 
@@ -748,3 +752,73 @@ def test_the_client_says_who_it_is(hub):
     hub.repo("org/demo").branch("v1", {})
     HubClient(hub.url).refs("org/demo")
     assert "kernelswap/" in hub.log[-1][2]["user-agent"]
+
+
+def test_a_proxy_of_the_environment_is_used(hub):
+    hub.repo("org/demo").branch("v1", {})
+    code = (
+        "from kernelswap.sources.hub_client import HubClient; print(*HubClient('http://hub.invalid').refs('org/demo').branches)"
+    )
+    environment = {**os.environ, "HTTP_PROXY": hub.url, "http_proxy": hub.url, "NO_PROXY": "", "no_proxy": ""}
+    where = pathlib.Path(kernelswap.__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=where, env=environment)
+    assert done.stdout.split() == ["v1"]
+
+
+# -- whatever a server or a cache says
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+NEARLY = st.fixed_dictionaries(
+    {},
+    optional={
+        "branches": st.lists(st.fixed_dictionaries({"name": JSON, "targetCommit": JSON | st.just("a" * 40)}), max_size=2) | JSON,
+        "tags": JSON,
+        "sha": JSON,
+        "type": st.just("file"),
+        "path": st.text(max_size=8) | st.just("build/torch-cpu/x") | JSON,
+        "size": JSON,
+        "oid": JSON,
+        "lfs": JSON,
+    },
+)
+
+
+class Answers(HubClient):
+    """The client, with the wire replaced by a value."""
+
+    def _api(self, path, asked, tries):
+        return VALUE[0], None
+
+
+VALUE = [None]
+
+
+@settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@given(JSON | NEARLY | st.lists(NEARLY, max_size=3))
+@example([{"type": "file", "path": "build/torch-cpu/x", "size": float("inf"), "oid": "a"}])
+def test_no_answer_of_a_server_raises_anything_but_our_errors(value):
+    VALUE[0] = value
+    client = Answers("http://hub.invalid")
+    for ask in (lambda: client.refs("o/n"), lambda: client.listing("o/n", "a" * 40), lambda: client.commit_of("o/n", "x")):
+        with contextlib.suppress(KernelSwapError):
+            ask()
+
+
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(JSON | st.dictionaries(st.sampled_from(["format", "format_version", "files", "branches", "tags"]), JSON | st.just(1)))
+def test_no_record_in_a_cache_raises(tmp_path, value):
+    repo = CachedRepo(tmp_path, "o/n")
+    for name in (".kernelswap/refs.json", f".kernelswap/{'a' * 40}.json", f"trees/{'a' * 40}.json"):
+        file = repo.folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(value))
+    repo.seen_refs()
+    repo.known_refs()
+    repo.usable_refs()
+    listing = repo.listing("a" * 40)
+    repo.complete("a" * 40, listing)

@@ -257,5 +257,5 @@ def _entries(files: object, read: object) -> Listing | None:
         return None
     try:
         return {path: read(entry) for path, entry in files.items() if interesting(path)}
-    except (KeyError, TypeError, ValueError, IndexError):
+    except (KeyError, TypeError, ValueError, IndexError, OverflowError):
         return None

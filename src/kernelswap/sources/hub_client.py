@@ -181,7 +181,7 @@ class HubClient:
     def _expect(self, read: Callable[[], T]) -> T:
         try:
             return read()
-        except (KeyError, TypeError, ValueError, AttributeError) as e:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
             raise Unreachable(f"{self._who} answered something that is no hub's answer", todo=_CHECK) from e
 
     @property
