@@ -1,0 +1,62 @@
+"""Kernels with compiled code, compiled once per test run and shared by its workers.
+
+def test_x(native_build): ...   # build/<variant> of tests/kernels/native: op `twice`, layer `Twice`, version 3
+def test_y(layers_build): ...   # build/<variant> of the bundled CPU layers
+"""
+
+import importlib.util
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from kernelswap import build, machine
+
+NATIVE = Path(__file__).parent / "native"
+LAYERS = Path(build.__file__).parent / "bundled" / "layers"
+
+
+def this_cpu():
+    """This machine, as a CPU build sees it."""
+    return machine.for_backend(machine.look(), "cpu")
+
+
+def compiled(source, tmp_path_factory):
+    """The build of `source` for this CPU, below the run's own temporary directory."""
+    if build.compiler() is None:
+        pytest.skip("no C++ compiler on this machine")
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
+    return build.compile(source, this_cpu(), shared / "compiled" / source.name)
+
+
+def load(path, *, as_name=None):
+    """Import a build under its id, as a loader does, without one."""
+    name = as_name or json.loads((path / "metadata.json").read_bytes())["id"]
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path / "__init__.py", submodule_search_locations=[str(path)])
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def repository(build_path, root):
+    """A repository on disk that holds this one build, as a directory source or a hub has it."""
+    target = root / "build" / build_path.name
+    shutil.copytree(build_path, target, ignore=shutil.ignore_patterns("__pycache__"))
+    return root
+
+
+@pytest.fixture(scope="session")
+def native_build(tmp_path_factory):
+    return compiled(NATIVE, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def layers_build(tmp_path_factory):
+    return compiled(LAYERS, tmp_path_factory)
