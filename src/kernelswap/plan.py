@@ -121,7 +121,7 @@ class _Planner:
     def __init__(
         self, model: nn.Module, provide: Provide, prover: Prover, machine: Machine, wish: Wish, verdicts: Verdicts
     ) -> None:
-        self.modules = dict(model.named_modules())
+        self.modules = sites.modules(model)
         self.provide, self.prover, self.machine, self.wish, self.verdicts = provide, prover, machine, wish, verdicts
         self.provided: dict[tuple[str, str, SiteKind], Implementation | _Passed] = {}
         self.fits: dict[tuple[int, object], Implementation | str] = {}

@@ -156,18 +156,19 @@ class _Matcher:
 
     def _choose(self, path: str, module: nn.Module, target: str, ranked: tuple[tuple[int, Row], ...]) -> Claim | None:
         best: list[tuple[int, Row]] = []
-        lacking: list[tuple[int, Row, str]] = []
+        lacking: list[tuple[int, Row, tuple[str, ...]]] = []
         for rank, row in ranked:
-            why = _lacks(module, row)
-            if why is None:
+            missing = _missing(module, row)
+            if missing is None:
                 best.append((rank, row))
             elif rank:  # a row that names every class describes a structure: what lacks it is simply something else
-                lacking.append((rank, row, why))
+                lacking.append((rank, row, missing))
         if not best:
             if not lacking:
                 return None
-            _, row, why = max(lacking, key=lambda entry: entry[0])
-            return row, target, "", why
+            _, row, missing = max(lacking, key=lambda entry: entry[0])
+            needs = " or ".join(need.replace("=", " that is a ") for need in missing)
+            return row, target, "", f"has no {needs}, which a {row.layer} has"
         top = max(rank for rank, _ in best)
         rows = [row for rank, row in best if rank == top]
         if len(rows) > 1:
@@ -227,11 +228,14 @@ def _qualified(thing: Any) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def _lacks(module: nn.Module, row: Row) -> str | None:
-    """Which attribute that the row needs is not there, or `None`. `act_fn=SiLU*` also asks for the attribute's class."""
+def _missing(module: nn.Module, row: Row) -> tuple[str, ...] | None:
+    """The alternatives of which the row needs one and the module has none, or `None`. `act_fn=SiLU*` also asks for the class."""
     for alternatives in row.needs:
-        if not any(_has(module, need) for need in alternatives):
-            return f"has no {' or '.join(need.replace('=', ' that is a ') for need in alternatives)}, which a {row.layer} has"
+        for need in alternatives:
+            if _has(module, need):
+                break
+        else:
+            return alternatives
     return None
 
 
@@ -253,6 +257,11 @@ def _attribute(module: nn.Module, name: str) -> Any:
 
 
 # -- the walk -----------------------------------------------------------------------------------------------------
+
+
+def modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of `model` under the paths that their sites have."""
+    return {path: module for path, module, _ in _walk(model)}
 
 
 def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[nn.Module, ...]]]:
