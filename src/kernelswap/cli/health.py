@@ -12,7 +12,7 @@ import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from concurrent.futures import TimeoutError as Late
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import KernelSwapError
@@ -27,6 +27,7 @@ VARIABLES = (
     *("LOCAL_KERNELS", "USE_HUB_KERNELS", "DISABLE_KERNEL_MAPPING", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "CXX"),
     *("CUDA_HOME", "CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "OMP_NUM_THREADS"),
 )
+COMMIT = 40  # hex digits
 
 
 @dataclass(frozen=True)
@@ -140,12 +141,14 @@ def kernels(
     find: Callable[[str], Resolution],
     misfit: Callable[..., str | None],
     *,
-    hub_down: str | None,
+    hub_down: bool,
+    compiles: bool,
     seconds: float,
 ) -> list[Line]:
     """Every kernel that the table names, once: the build that would load here, or why none would.
 
-    `misfit(use, device, machine)` is `table.misfit`. `hub_down` is why the hub is not asked at all.
+    `misfit(use, device, machine)` is `table.misfit`. With `hub_down` the hub is not asked again; `compiles`: there is a
+    compiler for bundled sources.
     """
     device = machine.devices[0].type if machine.devices else "cpu"
     device = {"rocm": "cuda"}.get(device, device)
@@ -155,21 +158,24 @@ def kernels(
             name = use.spec.rsplit(":", 1)[0] if "://" not in use.spec else use.spec
             why = misfit(use, device, machine)
             if specs.get(name, "") is not None:
-                specs[name] = why
+                specs[name] = why and why.partition(", this is ")[0]
     asked = [name for name, why in specs.items() if why is None and not (hub_down and not name.startswith("kernelswap/"))]
     pool = ThreadPoolExecutor(8)
-    futures = {name: pool.submit(_would_load, name, find) for name in asked}
+    futures = {name: pool.submit(_would_load, name, find, compiles=compiles) for name in asked}
     done, _ = wait(futures.values(), timeout=seconds)
     found = {name: future.result() for name, future in futures.items() if future in done}
-    late = f"not known: no answer within {seconds:.0f} s"
+    late, down = f"not known: no answer within {seconds:.0f} s", "not known: the hub does not answer"
     pool.shutdown(wait=False, cancel_futures=True)
-    return [
-        found.get(name) or Line(name, why or (late if name in futures else f"not known: {hub_down}"))
-        for name, why in specs.items()
-    ]
+    return [_short(found.get(name) or Line(name, why or (late if name in futures else down))) for name, why in specs.items()]
 
 
-def _would_load(name: str, find: Callable[[str], Resolution]) -> Line:
+def _short(line: Line) -> Line:
+    """A commit in a name by its first twelve digits: a column has to hold it."""
+    name, at, version = line.name.partition("@")
+    return replace(line, name=name + at + (version[:12] if len(version) == COMMIT else version))
+
+
+def _would_load(name: str, find: Callable[[str], Resolution], *, compiles: bool) -> Line:
     try:
         resolution = find(name)
     except KernelSwapError as e:
@@ -177,8 +183,9 @@ def _would_load(name: str, find: Callable[[str], Resolution]) -> Line:
     chosen = resolution.chosen
     if chosen is not None:
         return Line(name, f"{chosen.variant} would load", ok=True)
-    if resolution.notes:
-        return Line(name, resolution.notes[0])
+    if resolution.notes and name.startswith("kernelswap/"):  # it has sources
+        missing = "" if compiles else "; there is no C++ compiler here"
+        return Line(name, resolution.notes[0] + missing, ok=None if compiles else False)
     best = next((j for j in resolution.judged if j.rejected), None)
     why = f"no build fits; the nearest is {best.candidate.variant}: {best.rejected}" if best else "it has no builds"
     return Line(name, why, ok=False)

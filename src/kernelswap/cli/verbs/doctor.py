@@ -50,7 +50,6 @@ def _look(seconds: float, cache: Any, *, offline: bool) -> dict[str, Any]:
     here = machine.look()
     swapper = session.swapper(cache=cache, offline=offline)
     hub = health.hub(environment.endpoint, offline=offline, seconds=seconds)
-    down = hub.value if hub.ok is False else None
     sections: dict[str, list[health.Line]] = {
         "versions": health.versions(),
         "tools": [
@@ -61,7 +60,15 @@ def _look(seconds: float, cache: Any, *, offline: bool) -> dict[str, Any]:
             hub,
         ],
         "environment": health.variables(os.environ),
-        "kernels": health.kernels(table.default(), here, swapper.find, table.misfit, hub_down=down, seconds=4 * seconds),
+        "kernels": health.kernels(
+            table.default(),
+            here,
+            swapper.find,
+            table.misfit,
+            hub_down=hub.ok is False,
+            compiles=build.compiler() is not None,
+            seconds=4 * seconds,
+        ),
     }
     plain = {name: [dataclasses.asdict(line) for line in lines] for name, lines in sections.items()}
     return {"machine": render.machine_json(here), "machine_text": render.machine(here), **plain}
