@@ -1,6 +1,6 @@
 """What test_store.py runs in a process of its own, because it forks, kills or changes its user.
 
-python -m tests.store_processes kill|race|lockless|readonly DIRECTORY [ROUNDS SEED]
+python -m tests.store_processes full|kill|race|lockless|readonly DIRECTORY [ROUNDS SEED]
 """
 
 import contextlib
@@ -149,7 +149,35 @@ def readonly(root):
         raise AssertionError("it could write")
 
 
+def full(root):
+    """No file may grow past a limit, as on a full disk or over quota: fetching fails, then the manifest, then the index."""
+    import resource
+
+    build = build_in(root)
+    seen = []
+
+    def limited(size, tell):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+        try:
+            Store(root / "cache").materialize(candidate(), metadata_of(build), Slow(build))
+        except StoreError as e:
+            os.write(tell, str(e).encode())
+
+    for size in (0, 100, 500, 1000, 1500, 5_000, 20_000, 32_000, 1 << 20):
+        ready, tell = os.pipe()
+        assert joined([fork(lambda size=size, tell=tell: limited(size, tell))]) == [0]
+        os.close(tell)
+        said = os.read(ready, 4096).decode()
+        os.close(ready)
+        store = Store(root / "cache")
+        assert not any((root / "cache" / "staging").glob("*")), size
+        assert not any(store.verify_all().values())
+        assert (store.known(candidate()) is None) is ("no space left" in said), (size, said)
+        seen.append("full" if said else "fits")
+    sys.stdout.write(" ".join(seen))
+
+
 if __name__ == "__main__":
-    {"kill": kill, "race": race, "lockless": lockless, "readonly": readonly}[sys.argv[1]](
+    {"full": full, "kill": kill, "race": race, "lockless": lockless, "readonly": readonly}[sys.argv[1]](
         Path(sys.argv[2]), *(int(a) for a in sys.argv[3:])
     )

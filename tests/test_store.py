@@ -401,6 +401,13 @@ def test_a_read_only_cache_serves_what_it_has_and_says_that_it_cannot_take_more(
     assert "choose another cache" in said
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and limits per process")
+def test_a_full_disk_is_a_clean_error_at_every_point(tmp_path):
+    said = in_a_process_of_its_own("full", tmp_path).split()
+    assert said[:4] == ["full"] * 4
+    assert said[-1] == "fits"
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
 def test_a_writer_killed_at_any_moment_leaves_a_cache_that_the_next_one_uses(tmp_path):
     said = in_a_process_of_its_own("kill", tmp_path, 25, 1)

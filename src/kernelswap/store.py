@@ -28,6 +28,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -539,14 +540,20 @@ def _acquire(path: Path, seconds: float) -> filelock.BaseFileLock | None:
 
 def _seal(root: Path) -> None:
     """Read-only files, on disk before they get their name. Directories stay writable, so that `rm -r` works."""
-    for path, found in tree.walk(root):
-        if stat.S_ISREG(found.st_mode):
-            (root / path).chmod(0o444)
-            descriptor = os.open(root / path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+    files = [root / path for path, found in tree.walk(root) if stat.S_ISREG(found.st_mode)]
+    with ThreadPoolExecutor(min(8, len(files) or 1)) as pool:  # a file system commits many files in the time of one
+        for _ in pool.map(_to_disk, files):
+            pass
+
+
+def _to_disk(path: Path) -> None:
+    path.chmod(0o444)
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+    try:
+        if os.name != "nt":  # there, only what is open for writing can be flushed
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _states(root: Path) -> dict[str, tuple[int, int, int, int]]:
