@@ -335,6 +335,42 @@ def test_staging_on_another_file_system_is_crossed(store, build, monkeypatch):
     assert all(stat.S_IMODE(p.stat().st_mode) == 0o444 for p in artifact.path.iterdir())
 
 
+def test_crossing_leaves_nothing_behind_when_another_writer_won(store, build, monkeypatch):
+    real = Path.rename
+
+    def rename(self, target):
+        if self.parent.name == "staging":
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        shutil.copytree(self, target)  # somebody else arrives first
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    artifact = put(store, build)
+    store.reverify(artifact)
+    assert [p.name for p in (store.cache / "artifacts").iterdir()] == [artifact.digest]
+
+
+def test_a_relative_cache_survives_a_change_of_directory(build, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    store = Store(Path("cache"))
+    artifact = put(store, build)
+    monkeypatch.chdir("/")
+    assert artifact.path.is_absolute()
+    store.reverify(artifact)
+    assert store.known(candidate()) == artifact
+
+
+def test_evidence_of_a_dependency_that_reads_differently_today_writes_nothing(store, build, tmp_path):
+    below = put(store, write(tmp_path / "base", name="base"), name="org/base")
+    put(store, build, depends=(below,))
+    before = snapshot(store.cache)
+    times = {p: p.stat().st_mtime_ns for p in store.cache.rglob("*")}
+    today = dataclasses.replace(below, evidence=(Evidence("publisher", "asked now"),))
+    assert put(store, build, depends=(today,)).depends == (today,)
+    assert snapshot(store.cache) == before
+    assert {p: p.stat().st_mtime_ns for p in store.cache.rglob("*")} == times
+
+
 def test_a_rename_that_says_it_failed_but_did_not_is_believed_by_its_result(store, build, monkeypatch):
     real = Path.rename
 

@@ -62,6 +62,10 @@ class Store:
 
     cache: Path
 
+    def __post_init__(self) -> None:
+        # absolute: modules remember their file, and programs change their directory
+        object.__setattr__(self, "cache", Path(os.path.abspath(self.cache)))  # noqa: PTH100  # `resolve` would follow the user's links
+
     # -- in ---------------------------------------------------------------------------------------------------------
 
     def materialize(
@@ -83,35 +87,25 @@ class Store:
             StoreError: no space, no permission, or another writer held the lock for too long. Same state.
             Unreachable, NotCached: from the source. Same state.
         """
-        asked = f"{candidate.requirement} ({candidate.variant})"
         found = self.known(candidate)
-        if found is not None and found.depends == tuple(depends):
-            return replace(found, evidence=_merge(found.evidence, _verify(verifiers, found.candidate, metadata, found.path)))
-        _precheck(verifiers, candidate, metadata)
-        try:
-            return self._materialize(candidate, metadata, source, verifiers, tuple(depends))
-        except KernelSwapError:
-            raise
-        except OSError as e:
-            self._fail(e, asked)
-
-    def _materialize(
-        self,
-        candidate: Candidate,
-        metadata: Metadata,
-        source: Source,
-        verifiers: Sequence[Verifier],
-        depends: tuple[Artifact, ...],
-    ) -> Artifact:
-        key = record.key(candidate)
-        with self._locked(key):
-            found = self.known(candidate)  # another writer may have brought it while we waited
-            if found is None:
-                artifact = self._stage(candidate, metadata, source, verifiers, depends)
-            else:
-                evidence = _merge(found.evidence, _verify(verifiers, candidate, metadata, found.path))
-                artifact = replace(found, evidence=evidence, depends=depends)
-            self._write_json(self._index(key), record.dump(artifact))
+        if found is None:
+            _precheck(verifiers, candidate, metadata)
+            try:
+                with self._locked(record.key(candidate)):
+                    found = self.known(candidate)  # another writer may have brought it while we waited
+                    if found is None:
+                        artifact = self._stage(candidate, metadata, source, verifiers, tuple(depends))
+                        self._write_json(self._index(record.key(candidate)), record.dump(artifact))
+                        return artifact
+            except KernelSwapError:
+                raise
+            except OSError as e:
+                self._fail(e, f"{candidate.requirement} ({candidate.variant})")
+        evidence = _merge(found.evidence, _verify(verifiers, candidate, found.metadata, found.path))
+        artifact = replace(found, evidence=evidence, depends=tuple(depends))
+        if [_identity(a) for a in found.depends] != [_identity(a) for a in depends]:
+            with contextlib.suppress(OSError):  # a read-only cache keeps the older answer, which this one goes over
+                self._write_json(self._index(record.key(candidate)), record.dump(artifact))
         return artifact
 
     def _stage(
@@ -147,37 +141,34 @@ class Store:
     def _publish(self, staged: Path, digest: str) -> Path:
         """Move `staged` to its final name. Whoever comes second adopts what is there, after hashing it."""
         final = self.cache / "artifacts" / digest
-        for last in (*(False,) * (_RENAME_TRIES - 1), True):
-            try:
-                final.parent.mkdir(parents=True, exist_ok=True)
-                if not os.path.lexists(final):  # an empty directory there would be replaced without a word
-                    staged.rename(final)
-                    return final
-            except OSError as e:
-                if e.errno == errno.EXDEV:  # artifacts/ is on another file system: cross over first, then rename
-                    staged = self._cross(staged, final.parent)
-                    continue
-                if not os.path.lexists(final):
-                    if last or e.errno in _NO_SPACE | _NO_WRITE:
-                        raise
-                    time.sleep(0.02)  # NFS and virus scanners: busy now, free in a moment
-                    continue
-            # Either another writer won, or NFS repeated a rename that had succeeded.
-            if _intact(final, digest):
-                return final
-            _log.warning("%s is damaged and is replaced by a verified copy", final)
-            self._discard(final)
-        raise StoreError(f"{final} cannot be put in place: something else keeps appearing there")
-
-    def _cross(self, staged: Path, parent: Path) -> Path:
-        near = parent / f".incoming-{uuid.uuid4().hex}"
+        final.parent.mkdir(parents=True, exist_ok=True)
+        staged.chmod(stat.S_IMODE(final.parent.stat().st_mode))  # staging is private, the cache as public as its owner made it
+        near = final.parent / f".incoming-{uuid.uuid4().hex}"
         try:
-            shutil.copytree(staged, near, symlinks=True)
-        except BaseException:
+            for last in (*(False,) * (_RENAME_TRIES - 1), True):
+                try:
+                    if not os.path.lexists(final):  # an empty directory there would be replaced without a word
+                        staged.rename(final)
+                        return final
+                except OSError as e:
+                    if e.errno == errno.EXDEV and staged != near:  # artifacts/ is on another disk: cross first, then rename
+                        shutil.copytree(staged, near, symlinks=True)
+                        _seal(near)
+                        staged = near
+                        continue
+                    if not os.path.lexists(final):
+                        if last or e.errno in _NO_SPACE or (e.errno in _NO_WRITE and os.name != "nt"):
+                            raise
+                        time.sleep(0.02)  # NFS, and virus scanners on Windows: busy now, free in a moment
+                        continue
+                # Either another writer won, or NFS repeated a rename that had succeeded.
+                if _intact(final, digest):
+                    return final
+                _log.warning("%s is damaged and is replaced by a verified copy", final)
+                self._discard(final)
+        finally:
             _remove_tree(near)
-            raise
-        _seal(near)
-        return near
+        raise StoreError(f"{final} cannot be put in place: something else keeps appearing there")
 
     # -- out --------------------------------------------------------------------------------------------------------
 
@@ -502,6 +493,10 @@ def _differences(files: Mapping[str, str], manifest: Mapping[str, tree.File], fo
             yield f"{path!a} differs from what was verified"
     if manifest:
         yield from (f"{path!a} was added" for path in files if path not in manifest)
+
+
+def _identity(artifact: Artifact) -> tuple[str, str]:
+    return record.key(artifact.candidate), artifact.digest
 
 
 def _intact(root: Path, digest: str) -> bool:
