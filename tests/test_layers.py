@@ -375,6 +375,21 @@ def test_a_signature_that_cannot_be_read_is_a_mismatch():
     assert layers.mismatch(make("(a, b)", "function"), torch.add) == "the original's signature cannot be read"
 
 
+@torch.library.custom_op("kernelswap_test_layers::scale", mutates_args=())
+def custom_scale(x: torch.Tensor, by: float = 2.0) -> torch.Tensor:
+    return x * by
+
+
+@pytest.mark.parametrize(
+    "op", [custom_scale, torch.ops.kernelswap_test_layers.scale, torch.ops.kernelswap_test_layers.scale.default]
+)
+def test_operators_are_read_by_their_schema(op):
+    impl = Implementation("L", "function", op, True, False, None)
+    assert layers.mismatch(impl, original("(x, by=2.0)")) is None
+    assert "defaults by to 2.0" in layers.mismatch(impl, original("(x, by=3.0)"))
+    assert "cannot be renamed" in layers.mismatch(impl, original("(input, by=2.0)"))
+
+
 def test_what_cannot_be_renamed_must_have_the_names():
     wrapped = functools.wraps(original("(self, x)"))(lambda *args, **kwargs: None)
     for impl in (

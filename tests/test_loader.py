@@ -154,6 +154,40 @@ def test_source_is_found_by_inspect(put):
     assert inspect.getsource(kernel.module.f) == "def f(x):\n    return x + 1\n"
 
 
+def test_data_files_are_found_by_importlib(put):
+    import importlib.resources
+
+    kernel = loader.load(
+        put({"__init__.py": "from . import sub\n", "tuning.json": "{}", "sub/__init__.py": "", "sub/t.txt": "8"})
+    )
+    assert (importlib.resources.files(kernel.module) / "tuning.json").read_text() == "{}"
+    assert (importlib.resources.files(kernel.module.sub) / "t.txt").read_text() == "8"
+
+
+def test_a_kernels_function_compiles_to_one_graph(put):
+    torch = pytest.importorskip("torch")
+    kernel = loader.load(
+        put(
+            {
+                "__init__.py": "from .a import g\ndef f(x):\n    return g(x) + 1\n",
+                "a.py": "SCALE = 2\ndef g(x):\n    return x * SCALE\n",
+            }
+        )
+    )
+    compiled = torch.compile(kernel.module.f, backend="eager", fullgraph=True)
+    assert compiled(torch.ones(2)).tolist() == [3, 3]
+
+
+def test_a_module_can_be_reloaded_and_asked_about_like_any_other(put):
+    import importlib.util
+
+    kernel = loader.load(put({"__init__.py": COUNT, "a.py": ""}))
+    name = kernel.module.__name__
+    assert importlib.util.find_spec(name + ".a").origin == str(kernel.artifact.path / "a.py")
+    assert importlib.reload(kernel.module) is kernel.module
+    assert runs() == 2
+
+
 def test_classes_pickle_by_reference(put):
     kernel = loader.load(put({"__init__.py": "class A:\n    pass\n"}))
     assert type(pickle.loads(pickle.dumps(kernel.module.A()))) is kernel.module.A

@@ -319,12 +319,23 @@ def _renamed(forward: FunctionType, names: tuple[tuple[str, str], ...]) -> Funct
 
 
 def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
-    return list(inspect.signature(function).parameters.values())
+    """Raises TypeError or ValueError where there is no signature to read."""
+    function = getattr(function, "_init_fn", function)  # torch.library.custom_op: the function that it was made from
+    schema = getattr(getattr(function, "default", function), "_schema", None)  # torch.ops.<namespace>.<name>
+    if schema is None:
+        return list(inspect.signature(function).parameters.values())
+    kinds = {False: inspect.Parameter.POSITIONAL_OR_KEYWORD, True: inspect.Parameter.KEYWORD_ONLY}
+    return [
+        inspect.Parameter(
+            a.name, kinds[a.kwarg_only], default=a.default_value if a.has_default_value() else inspect.Parameter.empty
+        )
+        for a in schema.arguments
+    ]
 
 
 def _has_signature(function: Callable[..., Any]) -> bool:
     try:
-        inspect.signature(function)
+        _parameters(function)
     except (TypeError, ValueError):
         return False
     return True
