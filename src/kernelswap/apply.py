@@ -59,7 +59,9 @@ def apply(
     every = _every(check)
     swaps: dict[str, list[tuple[int, Swap]]] = {}
     for i, outcome in enumerate(outcomes):
-        if isinstance(outcome, Swap) and outcome.site.kind != "attention":
+        if isinstance(outcome, Swap):
+            if outcome.site.kind == "attention":
+                raise KernelSwapError(f"{outcome.site.path}: an attention kernel is bound by its adapter, not by `apply`")
             swaps.setdefault(outcome.site.path, []).append((i, outcome))
     modules = {path: _module(model, path) for path in swaps}
     if len({id(m) for m in modules.values()}) < len(modules):

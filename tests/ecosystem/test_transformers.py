@@ -156,7 +156,8 @@ def test_a_training_loop_with_and_without_gradient_checkpointing(kind, checkpoin
     applied = apply(model, plan(model), prover)
     close(train(model), train(plain))
     assert applied.refusals == ()
-    assert {run.training for _, run in prover.calls} == {True}
+    # reentrant checkpointing runs its first pass without gradients
+    assert {run.training for _, run in prover.calls} == ({True, False} if checkpointing else {True})
     with torch.no_grad():
         close(logits(model.eval()), logits(plain.eval()))
     assert {run.training for _, run in prover.calls} == {True, False}

@@ -79,6 +79,24 @@ def test_an_eval_call_that_wants_gradients_is_checked_with_gradients():
     assert prover.calls == [("", Run(training=True))]
 
 
+def test_a_training_call_without_gradients_proves_the_forward_only():
+    class NoBackward(Prover):
+        def first_call(self, site, module, original, candidate, run, *rest):
+            self.reason = "its gradients differ" if run.training else None
+            return super().first_call(site, module, original, candidate, run, *rest)
+
+    prover, plain = NoBackward(), RMSNorm(8)(X).detach()
+    module, applied = first_use(module=RMSNorm(8).train(), prover=prover)
+    for _ in range(2):
+        with torch.no_grad():
+            assert torch.equal(module(X), plain + 1)
+    assert [run.training for _, run in prover.calls] == [False]
+    for _ in range(2):
+        assert torch.equal(module(X), plain)
+    assert [run.training for _, run in prover.calls] == [False, True]
+    assert [r for _, r in applied.refusals] == ["its gradients differ"]
+
+
 def test_a_check_that_raises_keeps_the_original_with_the_reason():
     class Broken(Prover):
         def first_call(self, *args):

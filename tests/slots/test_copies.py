@@ -118,7 +118,7 @@ def test_the_state_dict_is_the_same_and_loads():
 
 def test_a_data_parallel_replica_uses_its_own_weights_and_reports_to_its_source():
     prover = Prover()
-    module, _ = swapped(prover=prover, check="first-use")
+    module, _ = swapped(RMSNorm(8).eval(), prover=prover, check="first-use")
     replica = module._replicate_for_data_parallel()
     replica.weight = torch.zeros(8)  # as torch.nn.parallel.replicate hands weights out
     assert torch.equal(replica(X), torch.ones(3, 8))

@@ -4,6 +4,9 @@ Where gradients may be wanted, the check runs aside and the call is answered by 
 now on, run once more in the open: what autograd and gradient checkpointing record is then exactly what every later call,
 and the recomputation of this one, records. Elsewhere the check's own output is the answer.
 
+A training call that wants no gradients (the first pass of reentrant checkpointing, a frozen layer) proves the forward
+only: the kernel answers such calls, and the verdict stays open for the first call that does want them.
+
 Nothing is compared, and the original serves, where there are no numbers to compare: under torch.func transforms, with
 fake or meta tensors, while a CUDA graph is captured. The verdict stays open.
 """
@@ -93,8 +96,9 @@ class Conduct:
     ) -> Any:
         """`args` include the module where the site is one."""
         output = _UNANSWERED
-        if part.due(slot.every, training=module.training):
-            output = self._check(slot, part, module, original, args, kwargs)
+        gradients = forwards.wants_gradients((*args, kwargs))
+        if part.due(slot.every, training=module.training, gradients=gradients):
+            output = self._check(slot, part, module, original, args, kwargs, gradients=gradients)
         part.calls += 1
         if output is not _UNANSWERED:
             return output
@@ -104,16 +108,23 @@ class Conduct:
         return served(*args, **kwargs)
 
     def _check(
-        self, slot: Slot, part: Part, module: nn.Module, original: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        slot: Slot,
+        part: Part,
+        module: nn.Module,
+        original: Function,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        gradients: bool,
     ) -> Any:
         """The output, or `_UNANSWERED`: whatever serves from now on is to answer."""
         if getattr(self.inside, "a_check", False):
             return original(*args, **kwargs)  # called by a check of this or another module: the plain model is the measure
-        gradients = forwards.wants_gradients((*args, kwargs))
         with slot.lock:  # a second thread waits here, and finds the verdict
             service = part.service(training=module.training)
             kernel = part.serving(training=module.training)
-            if kernel is None or not part.due(slot.every, training=module.training):
+            if kernel is None or not part.due(slot.every, training=module.training, gradients=gradients):
                 return _UNANSWERED
             if _nothing_to_compare((args, kwargs)) or (gradients and not kernel.backward):
                 part.count(by_kernel=False)
@@ -123,7 +134,7 @@ class Conduct:
                 output, verdict = self._verdict(slot, part, module, original, kernel, args, kwargs, gradients=gradients)
             finally:
                 self.inside.a_check = False
-            service.settle(verdict)
+            service.settle(verdict, whole=gradients or not module.training)
             source = slot.ref() if slot.ref is not None else None  # the module may be a replica of it
             for one in (module, source):
                 if one is not None:
@@ -144,7 +155,7 @@ class Conduct:
         *,
         gradients: bool,
     ) -> tuple[Any, Verdict]:
-        run = Run(training=module.training or gradients, compiled=slot.compiled)
+        run = Run(training=gradients, compiled=slot.compiled)  # what can be looked at, whatever the module's mode
         given = args[1:] if part.site.kind == "module" else args
         in_the_open = gradients or module.training or bool(_modes())
         try:

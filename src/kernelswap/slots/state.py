@@ -43,20 +43,25 @@ class Service:
     standing: Standing
     reason: str = ""
     verdict: Verdict | None = None
+    forward_seen: bool = False
+    """Open, but calls that want no gradients may have the kernel."""
 
     @property
     def kernel(self) -> Implementation | None:
         """What was chosen, whether or not it may serve."""
         return self.choice.implementation
 
-    def settle(self, verdict: Verdict) -> None:
-        """Take a verdict of a real call."""
+    def settle(self, verdict: Verdict, *, whole: bool) -> None:
+        """Take a verdict of a real call; one that did not look at gradients, in training, is not the `whole` of it."""
+        if verdict.accepted and not whole:
+            self.forward_seen = True
+            return
         self.standing = "accepted" if verdict.accepted else "refused"
         self.reason, self.verdict = ("" if verdict.accepted else verdict.reason), verdict
 
     def reopen(self) -> None:
         """Whatever was found no longer holds."""
-        self.standing, self.reason, self.verdict = "open", "", None
+        self.standing, self.reason, self.verdict, self.forward_seen = "open", "", None, False
 
     def now(self) -> Choice:
         """The choice as it stands: a refused kernel counts as passed over."""
@@ -107,10 +112,12 @@ class Part:
             return None  # planned or not: without a backward nothing is ever live in training
         return kernel
 
-    def due(self, every: int | None, *, training: bool) -> bool:
+    def due(self, every: int | None, *, training: bool, gradients: bool) -> bool:
         """Whether this call is to be checked: no verdict yet, or, with `every`, the n-th one is up again."""
-        standing = self.service(training=training).standing
-        return standing == "open" or (standing == "accepted" and bool(every) and self.calls % (every or 1) == 0)
+        service = self.training if training else self.inference
+        if service.standing == "open":
+            return gradients or not service.forward_seen
+        return service.standing == "accepted" and bool(every) and self.calls % (every or 1) == 0
 
     def count(self, *, by_kernel: bool) -> None:
         """One more call."""
