@@ -3,12 +3,13 @@
 python -m tests.store_processes full|kill|race|lockless|readonly DIRECTORY [ROUNDS SEED]
 """
 
-import contextlib
 import os
 import random
 import select
+import shutil
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -125,28 +126,34 @@ def lockless(root):
 
 def readonly(root):
     """A cache that somebody else filled and that this user may only read."""
+    root = Path(tempfile.mkdtemp(dir=None if os.getuid() == 0 else root))  # pytest's own is closed to other users
+    root.chmod(0o755)
     build, other = build_in(root, 0), build_in(root, 1)
     store = Store(root / "cache")
     artifact = store.materialize(candidate(), metadata_of(build), Slow(build))
-    if os.getuid() == 0:  # root may write anywhere
-        for path in (root, *root.parents[:-2]):
-            with contextlib.suppress(PermissionError):
-                path.chmod(path.stat().st_mode | 0o755)
-        os.setgid(65534)
-        os.setuid(65534)
-    else:
-        for path in (root / "cache", *(root / "cache").rglob("*")):
-            if path.is_dir():
-                path.chmod(0o555)
-    assert store.known(candidate()) == artifact
-    assert tree.digest_of(store.reverify(artifact)) == artifact.digest
-    assert store.materialize(candidate(), metadata_of(build), Folder(build)) == artifact
-    try:
-        store.materialize(candidate(commit="d" * 40), metadata_of(other), Folder(other))
-    except StoreError as e:
-        sys.stdout.write(str(e))
-    else:
-        raise AssertionError("it could write")
+    directories = [path for path in (root / "cache", *(root / "cache").rglob("*")) if path.is_dir()]
+
+    def reader():
+        if os.getuid() == 0:  # root may write anywhere
+            os.setgid(65534)
+            os.setuid(65534)
+        assert store.known(candidate()) == artifact
+        assert tree.digest_of(store.reverify(artifact)) == artifact.digest
+        assert store.materialize(candidate(), metadata_of(build), Folder(build)) == artifact
+        try:
+            store.materialize(candidate(commit="d" * 40), metadata_of(other), Folder(other))
+        except StoreError as e:
+            os.write(1, str(e).encode())
+        else:
+            raise AssertionError("it could write")
+
+    for path in directories:
+        path.chmod(0o555)
+    done = joined([fork(reader)])
+    for path in directories:
+        path.chmod(0o755)
+    shutil.rmtree(root)
+    assert done == [0]
 
 
 def full(root):
