@@ -302,3 +302,13 @@ def test_require_lists_every_reason_and_passes_what_is_swapped(planned):
 def test_a_plan_on_another_machine_is_the_same_plan(planned):
     other = Machine(os="darwin", cpu="aarch64", torch=(2, 14))
     assert planned(RMSNorm(8), machine=other)[0].inference.implementation is not None
+
+
+def test_a_kernel_that_raises_when_it_is_looked_at_keeps_the_original_with_that_reason(planned, caplog):
+    class Rude(Near):
+        def equivalent(self, site, module, original, candidate, run):
+            raise ZeroDivisionError("by design")
+
+    (outcome,) = planned(RMSNorm(8), prover=Rude())
+    assert "raised ZeroDivisionError while it was looked at: by design" in reason(outcome)
+    assert "by design" in caplog.text

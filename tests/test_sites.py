@@ -247,6 +247,11 @@ def test_a_glob_that_names_nothing_is_an_error_that_lists_what_there_is():
         layers(swapping.model(), skip="layer.0")
 
 
+def test_what_is_not_a_module_is_a_type_error():
+    with pytest.raises(TypeError, match=r"expected a torch.nn.Module, found a str"):
+        layers("model")
+
+
 def qwen3(layers=1):
     from transformers import Qwen3Config, Qwen3ForCausalLM
 

@@ -7,6 +7,7 @@ random tensors. Per site and mode the candidates of its row are tried in order, 
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
@@ -20,6 +21,8 @@ from .types import Choice, Implementation, Kept, Machine, Mode, Outcome, Prover,
 
 if TYPE_CHECKING:
     import torch.nn as nn
+
+_log = logging.getLogger(__name__)
 
 Provide = Callable[[str, str, SiteKind], Implementation]
 """`provide(spec, device, kind)`: the implementation, imported and verified, or any `KernelSwapError`."""
@@ -188,7 +191,13 @@ class _Planner:
         asked = []
         served: tuple[Implementation, Verdict] | tuple[None, None] = None, None
         for use in allowed:
-            found = self.judge(use, site, module, run, asked)
+            try:
+                found = self.judge(use, site, module, run, asked)
+            except Refused:
+                raise  # it is about trust
+            except Exception as e:  # noqa: BLE001  # a kernel may do anything when it is looked at; the reason is kept
+                _log.warning("%s raised while it was looked at for %s", use.spec, site.path, exc_info=True)
+                found = _Passed(TRIED, use.spec, f"raised {type(e).__name__} while it was looked at: {e}")
             if not isinstance(found, _Passed):
                 served = found
                 break

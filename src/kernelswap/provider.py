@@ -140,7 +140,10 @@ class Provider:
             known = self._kernels.get((requirement, device))
             if known is None:
                 self._terms = terms or Terms()
-                artifact = self._artifact(self._node(requirement, _machine_for(self.machine, device), device))
+                try:
+                    artifact = self._artifact(self._node(requirement, _machine_for(self.machine, device), device))
+                finally:
+                    self._terms = Terms()
                 known = loader.load(artifact, reverify=self.store.reverify)
                 if artifact.candidate.source in MEMOISED:
                     self._kernels[requirement, device] = known

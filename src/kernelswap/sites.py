@@ -37,7 +37,10 @@ def find(
     Raises:
         PlanConflict: two rows name one module equally precisely.
         TableError: a glob of `only` or `skip` names nothing in this model.
+        TypeError: `model` is not a module.
     """
+    if not hasattr(model, "named_modules"):
+        raise TypeError(f"expected a torch.nn.Module, found a {type(model).__qualname__}")
     kinds = {kind: tuple(row for row in rows if row.kind == kind) for kind in ("module", "function")}
     matcher, wanted = _Matcher(kinds["module"], kinds["function"]), _Wanted(only, skip)
     found = []
