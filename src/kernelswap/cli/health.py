@@ -111,7 +111,7 @@ def hub(endpoint: str, *, offline: bool, seconds: float) -> Line:
         pool.submit(_ask, request, seconds).result(timeout=seconds)
     except (OSError, Late) as e:
         reason = getattr(e, "reason", e)
-        return Line("hub", f"{endpoint}: no answer within {seconds:.0f} s ({reason or type(e).__name__})", ok=False)
+        return Line("hub", f"{endpoint}: no answer within {seconds:g} s ({reason or type(e).__name__})", ok=False)
     except ValueError as e:
         return Line("hub", f"{endpoint}: {e}", ok=False)
     finally:
@@ -164,7 +164,7 @@ def kernels(
     futures = {name: pool.submit(_would_load, name, find, compiles=compiles) for name in asked}
     done, _ = wait(futures.values(), timeout=seconds)
     found = {name: future.result() for name, future in futures.items() if future in done}
-    late, down = f"not known: no answer within {seconds:.0f} s", "not known: the hub does not answer"
+    late, down = f"not known: no answer within {seconds:g} s", "not known: the hub does not answer"
     pool.shutdown(wait=False, cancel_futures=True)
     return [_short(found.get(name) or Line(name, why or (late if name in futures else down))) for name, why in specs.items()]
 
