@@ -18,6 +18,7 @@ import struct
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any, Literal
 
@@ -99,11 +100,13 @@ class Contact:
         with self._lock:
             if self._child is None or not self._child.alive:
                 self._child = _Child()
+                weakref.finalize(self, self._child.kill)  # a prover that is forgotten takes its child along
             child = self._child
             if (why := child.start()) is not None:
                 return None, f"not contained: {why}"
             answer = child.ask(data, self.time_limit)
             if not child.alive:
+                child.kill()
                 self._child = None
         return answer, ""
 
@@ -126,8 +129,9 @@ class _Child:
         self.said: queue.Queue[Any] = queue.Queue()
         self.errors: list[bytes] = []
         self.ready = False
-        for read in (self._read, self._read_errors):
-            threading.Thread(target=read, daemon=True).start()
+        self.readers = [threading.Thread(target=read, daemon=True) for read in (self._read, self._read_errors)]
+        for reader in self.readers:
+            reader.start()
 
     @property
     def alive(self) -> bool:
@@ -160,6 +164,8 @@ class _Child:
     def kill(self) -> None:
         self.process.kill()
         self.process.wait()
+        for reader in self.readers:
+            reader.join(5.0)  # a grandchild may hold the pipe open; the threads are daemons
         for pipe in (self.process.stdin, self.process.stdout, self.process.stderr):
             with contextlib.suppress(OSError):
                 self._pipe(pipe).close()

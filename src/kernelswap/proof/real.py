@@ -186,37 +186,47 @@ class Real:
             given.restore()
             why = "changes its input in place (in a call of this size)"
         got = [t.detach() for t in pytree.tree_leaves(output) if isinstance(t, Tensor)]
-        for k, o in zip(got, expected, strict=True):
-            why = why or self.differs(k, o)
+        if why is None:
+            why = self.differs(got, expected)
         return (output, verdict) if why is None else (self.by_original(), Verdict(accepted=False, reason=why))
 
-    def differs(self, kernel: Tensor, original: Tensor) -> str | None:
-        """Why one whole output is not good enough, or `None`. Rows that stand out get the benefit of the float64 reference."""
-        if kernel.shape != original.shape or kernel.dtype != original.dtype:
-            return f"gives {tuple(kernel.shape)} {kernel.dtype}, the original {tuple(original.shape)} {original.dtype}"
-        start = 0
-        for k, o in zip(_blocks(kernel), _blocks(original), strict=True):
-            found = compare(k, o, o if o.device.type == "mps" else o.double(), slack=BOTH)
-            if found.wrong is not None:
-                error = (k.double() - o.double()).nan_to_num(torch.inf).norm(dim=-1) / (o.double().norm(dim=-1) + 1e-300)
-                worst = error.nan_to_num(torch.inf).topk(min(SUSPECTS, len(error))).indices.cpu() + start
-                why = f"differs in output, {found.wrong} (in the whole call)"
-                return self.suspected(worst) if self.site.row.probe in ROWWISE else why
-            start += len(k)
+    def differs(self, kernel: Sequence[Tensor], original: Sequence[Tensor]) -> str | None:
+        """Why whole outputs are not good enough, or `None`. Rows that stand out get the benefit of the float64 reference."""
+        suspects: list[int] = []
+        why = None
+        for k, o in zip(kernel, original, strict=True):
+            if k.shape != o.shape or k.dtype != o.dtype:
+                return f"gives {tuple(k.shape)} {k.dtype}, the original {tuple(o.shape)} {o.dtype} (in the whole call)"
+            start = 0
+            for some_k, some_o in zip(_blocks(k), _blocks(o), strict=True):
+                wide = some_o if o.device.type == "mps" else some_o.double()
+                found = compare(some_k, some_o, wide, slack=BOTH)
+                if found.wrong is not None:
+                    why = why or f"differs in output, {found.wrong} (in the whole call)"
+                    suspects += [start + i for i in _worst(some_k.to(wide), wide)]
+                start += len(some_k)
+        if why is None or self.site.row.probe not in ROWWISE or any(t.ndim < 2 for t in kernel):
+            return why
+        rows = torch.tensor(sorted(set(suspects))[:SUSPECTS])
+        picked = self.taken(rows)
+        if picked is None or self.pair is None:
+            return why
+        case = self.case("its rows that stand out", picked)
+        try:
+            with memory.quiet(self.device), torch.no_grad():
+                mine = [t.reshape(-1, t.shape[-1])[rows.to(t.device)] for t in kernel]
+                trial.rejudge(self.pair, case, mine)
+        except (Differs, trial.Skip) as e:
+            return f"{e} (of rows {', '.join(map(str, rows[:3].tolist()))}{', ...' if len(rows) > 3 else ''} of the whole call)"
         return None
 
-    def suspected(self, rows: Tensor) -> str | None:
-        """What the full check says about these rows."""
-        picked = self.taken(rows)
-        assert self.pair is not None
-        try:
-            if picked is not None:
-                case = self.case(f"rows {rows[:3].tolist()}... of this call", picked)
-                with memory.quiet(self.device):
-                    trial.examine(self.pair, case, trial.Errors(), wants=[self.want], slow=False)
-        except (Differs, trial.Skip) as e:
-            return f"{e} (on rows {rows[:3].tolist()}... of this call)"
-        return None
+
+def _worst(kernel: Tensor, original: Tensor) -> list[int]:
+    """Rows that differ most, in norm or in one element."""
+    difference = (kernel - original).nan_to_num(torch.inf).abs()
+    few = min(SUSPECTS // 4, len(difference))
+    measures = difference.norm(dim=-1) / (original.norm(dim=-1) + 1e-37), difference.amax(-1) / (original.abs().amax(-1) + 1e-37)
+    return [int(i) for m in measures for i in m.nan_to_num(torch.inf).topk(few).indices]
 
 
 def _copy(module: nn.Module | None) -> tuple[nn.Module | None, bool]:
