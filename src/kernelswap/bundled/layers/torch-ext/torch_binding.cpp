@@ -132,6 +132,10 @@ struct Rows {
 // Whether all leading dimensions step evenly, as those of x[:, :k] or of a contiguous tensor do.
 bool rows_of(const Tensor& t, Rows* out) {
   int64_t n = t.dim ? t.sizes[t.dim - 1] : 1;
+  if (t.numel() == 0) {  // strides mean nothing then
+    *out = {0, n, n};
+    return true;
+  }
   if (t.dim && n != 1 && t.strides[t.dim - 1] != 1) return false;
   int64_t count = 1, stride = n;
   bool first = true;
