@@ -15,6 +15,8 @@ ROWS = [
     {"plan", "apply", "proof", "provider"},
     {"api"},
     {"adapters", "compat", "bench", "serve"},
+    {"takeover"},
+    {"transformers"},
     {"cli"},
 ]
 PURE = {"_version", "errors", "types", "strict", "spec", "variant", "metadata", "lock", "table", "render", "mode", "policy", "record", "resolve", "buildfile"}

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .api import Swapper, explain, find, kernelize, load, swap, unkernelize
     from .apply import Applied
     from .errors import KernelSwapError
+    from .takeover import install, installed, uninstall
     from .types import Machine, Mode
 
 _WHERE = {
@@ -27,9 +28,12 @@ _WHERE = {
     "Swapper": "api",
     "explain": "api",
     "find": "api",
+    "install": "takeover",
+    "installed": "takeover",
     "kernelize": "api",
     "load": "api",
     "swap": "api",
+    "uninstall": "takeover",
     "unkernelize": "api",
 }
 
@@ -42,9 +46,12 @@ __all__ = [
     "__version__",
     "explain",
     "find",
+    "install",
+    "installed",
     "kernelize",
     "load",
     "swap",
+    "uninstall",
     "unkernelize",
 ]
 

@@ -1,0 +1,239 @@
+"""One model of Transformers: kernels on, off, in another mode. What cannot be had is said in one line for each reason."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ... import api, spec
+from ... import mode as modes
+from ...errors import KernelSwapError, ModeError, Refused, Tampered, UndoConflict
+from ...slots import module as module_slot
+from ...sources.environment import Environment
+from ...types import Kept, Mode, Outcome, Swap
+from . import wanted as wanting
+from .config import KernelConfig
+from .mapping import mode_of
+
+if TYPE_CHECKING:
+    import torch.nn as nn
+
+log = logging.getLogger("kernelswap.transformers")
+
+
+@dataclass
+class State:
+    """What was asked for one model."""
+
+    config: KernelConfig | None = None
+    mode: Mode | None = None
+    """As `Swapper.swap` takes it."""
+    trust: bool = False
+    attention: list[tuple[Any, str]] = field(default_factory=list)
+    """Models whose attention was switched, and what they had before."""
+
+
+class Switch:
+    """Kernels for models, by one Swapper.
+
+    Args:
+        swapper: makes the swaps; `None`: the default one, made when first needed.
+        build: what to do about bundled kernels that are not compiled on this machine yet; see `Swapper.swap`. Whoever writes
+            `use_kernels=True` has asked for kernels, so by default the first one waits (some twenty seconds, once).
+    """
+
+    def __init__(self, swapper: api.Swapper | None = None, *, build: str = "wait") -> None:
+        self._swapper, self.build = swapper, build
+        self._states: weakref.WeakKeyDictionary[nn.Module, State] = weakref.WeakKeyDictionary()
+        self._said: set[str] = set()
+        self._lock = threading.RLock()
+
+    @property
+    def swapper(self) -> api.Swapper:
+        """The Swapper that serves."""
+        return self._swapper or api.default()
+
+    def is_by(self, swapper: api.Swapper) -> bool:
+        """Whether `swapper` serves."""
+        return self._swapper is swapper
+
+    def disabled(self) -> str | None:
+        """Why no kernel may be used in this process, or `None`. The environment is read anew: scripts set it late."""
+        return Environment.read(os.environ).disabled or self.swapper.environment.disabled
+
+    def is_on(self, model: nn.Module) -> bool:
+        """Whether kernels were asked for: for this model, a part of it, or the model that it is a copy of."""
+        return model in self._states or next(iter(module_slot.swapped(model)), None) is not None
+
+    def on(self, model: nn.Module, config: Any = None, mode: Any = None, *, trust: bool = False) -> None:
+        """Give `model` the kernels that the table and `config` name. What it had before is taken back first.
+
+        Args:
+            model: any `nn.Module`.
+            config: a KernelConfig, or a mapping; `None`: the one that this model had.
+            mode: INFERENCE or TRAINING, each with or without TORCH_COMPILE, of any library; `None`: follows `train()` and
+                `eval()`. So does INFERENCE: a kernel that only infers never serves a module in training. With TRAINING only
+                kernels with a backward serve, in `eval()` as well. TORCH_COMPILE is kept over `train()` and `eval()`.
+            trust: vouch for the publishers of whatever the config names.
+
+        Raises:
+            TableError: the config makes no sense for this model.
+            ModeError: the mode makes no sense.
+            Refused, Tampered: trust is at stake. In all cases the model is as it was.
+        """
+        with self._lock:
+            former = self._states.get(model, State())
+            config = KernelConfig.of(config) if config is not None else former.config
+            state = State(config, _live(mode), trust or (former.trust and config is former.config))
+            why = self.disabled()
+            if why is not None:
+                self._say(f"kernels are switched off: {why}")
+                return
+            wanted = wanting.want(model, state.config, self.swapper.table, has_layer=self._has_layer(state))
+            try:
+                applied = self.swapper.swap(
+                    model,
+                    table=wanted.rows,
+                    inherit=config is None or config.inherit_mapping,
+                    prefer=wanted.prefer,
+                    skip=wanted.skip,
+                    mode=state.mode,
+                    hub=True,
+                    build=self.build,
+                    trust=True if state.trust else wanted.trust,
+                    progress=self._progress,
+                )
+            except UndoConflict as e:
+                # Something (torch.compile, hooks of another library) sits on top: what is there goes on.
+                if model not in self._states:
+                    raise
+                self._say(f"the kernels of this {type(model).__name__} stay as they were: {e.reason}")
+                return
+            self._restore_attention(former)
+            self._states[model] = state
+            self._attention(model, wanted, state)
+            for line in (*wanted.notes, *lines(applied.outcomes, wanted.named)):
+                self._say(line)
+
+    def off(self, model: nn.Module) -> None:
+        """Give `model` back as it was.
+
+        Raises:
+            UndoConflict: something wrapped a module since; undo that first. Nothing was changed.
+        """
+        with self._lock:
+            self.swapper.unkernelize(model)
+            self._restore_attention(self._states.pop(model, State()))
+
+    def load(self, text: str, *, trust: bool = False) -> Any:
+        """The module of a kernel, for code of Transformers that calls its functions.
+
+        Raises:
+            Refused: kernels are switched off; else what `Swapper.load` raises.
+        """
+        why = self.disabled()
+        if why is not None:
+            raise Refused(f"kernels are switched off: {why}", asked=f"loading {text}")
+        return self.swapper.load(text, trust=trust)
+
+    def _attention(self, model: Any, wanted: wanting.Wanted, state: State) -> None:
+        """Attention kernels that the config names for classes of attention modules: for the model, as `attn_implementation`."""
+        for name, uses in wanted.attention:
+            before, text = model.config._attn_implementation, wanting.attention_spec(uses[0])  # noqa: SLF001  # its only name
+            try:
+                model.set_attn_implementation(text, allow_all_kernels=state.trust or bool(wanted.trust))
+            except (Refused, Tampered):
+                raise
+            except (KernelSwapError, ImportError, ValueError, OSError) as e:
+                reason = e.reason if isinstance(e, KernelSwapError) else str(e).partition("\n")[0]
+                self._say(f"{name}: {text}: {reason}; attention stays {before}")
+            else:
+                state.attention.append((weakref.ref(model), before))
+
+    def _restore_attention(self, state: State) -> None:
+        while state.attention:
+            ref, before = state.attention.pop()
+            if (model := ref()) is not None:
+                model.set_attn_implementation(before)
+
+    def _has_layer(self, state: State) -> Callable[[str], bool]:
+        def has(text: str) -> bool:
+            try:
+                self.swapper.load(text, trust=state.trust)
+            except Tampered:
+                raise
+            except KernelSwapError:
+                return False
+            return True
+
+        return has
+
+    def _progress(self, step: str, done: float, total: float) -> None:
+        if step.startswith("compile") and done < total:
+            self._say(f"{step}: once on this machine, this takes a moment", level=logging.INFO)
+
+    def _say(self, line: str, *, level: int = logging.WARNING) -> None:
+        """Each line once in a process: forty models that lack a kernel for one reason say so once."""
+        with self._lock:
+            if line not in self._said:
+                self._said.add(line)
+                log.log(level, line)
+
+
+def _live(mode: Any) -> Mode | None:
+    """What `Swapper.swap` is asked, so that `train()` and `eval()` go on working after it.
+
+    Raises:
+        ModeError: it is no mode, or one that says neither inference nor training.
+    """
+    if mode is None:
+        return None
+    found = mode_of(mode)
+    if found is None:
+        raise ModeError(
+            f"{mode!r} is not a mode", todo="Use Mode.INFERENCE or Mode.TRAINING, with or without `| Mode.TORCH_COMPILE`."
+        )
+    wanted = modes.wanted(found)
+    if Mode.TRAINING in wanted:
+        return wanted
+    return Mode.TORCH_COMPILE if Mode.TORCH_COMPILE in wanted else None
+
+
+def lines(outcomes: Sequence[Outcome], named: set[str]) -> list[str]:
+    """What a user wants to know of a swap, one line for each reason: kernels that were tried and could not serve.
+
+    Kernels of the default table that are for other devices are no news; kernels that the user named always are.
+    """
+    grouped: dict[tuple[str, str, bool], dict[str, int]] = {}
+    for outcome in outcomes:
+        kept = isinstance(outcome, Kept)
+        passed = outcome.passed if isinstance(outcome, Kept) else _passed_in_both(outcome)
+        tried = [(text, why) for text, why in passed if text in named or (kept and not why.startswith(_NO_NEWS))]
+        if tried:
+            text, why = tried[0]
+            asked = spec.parse(text)
+            key = (text.removesuffix(f":{asked.layer}") if asked.layer else text), why, kept
+            layers = grouped.setdefault(key, {})
+            layers[outcome.site.layer] = layers.get(outcome.site.layer, 0) + 1
+    return [
+        f"{kernel} {why}" * why.startswith(_FINDINGS)
+        + f"{kernel}: {why}" * (not why.startswith(_FINDINGS))
+        + f"; {', '.join(f'{layer} ({count})' for layer, count in layers.items())} "
+        + ("stays PyTorch's own" if kept else "is served by another kernel")
+        for (kernel, why, kept), layers in grouped.items()
+    ]
+
+
+_NO_NEWS = ("is for ", "is registered for ")
+_FINDINGS = ("is ", "has ", "differs ")
+
+
+def _passed_in_both(swap: Swap) -> list[tuple[str, str]]:
+    """What was passed over in either mode, and serves in neither."""
+    inference, training = dict(swap.inference.passed), dict(swap.training.passed)
+    return [(text, why) for text, why in inference.items() if text in training]
