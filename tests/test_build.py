@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.kernels import LAYERS, NATIVE, load, this_cpu
 
-from kernelswap import build, buildfile, metadata
+from kernelswap import build, buildfile, machine, metadata, toolchain
 from kernelswap.errors import BadMetadata, BuildFailed
-from kernelswap.types import Dependency, Machine
+from kernelswap.types import Dependency, Device, Machine
 from kernelswap.variant import misfit, parse
 
 LINUX = Machine(os="linux", cpu="x86_64", torch=(2, 13), cxx11=True)
@@ -414,3 +414,48 @@ def test_digests_are_those_of_the_field(native_build):
     assert written["algorithm"] == "sha256"
     data = (native_build / "layers.py").read_bytes()
     assert written["files"]["layers.py"] == base64.b64encode(hashlib.sha256(data).digest()).decode()
+
+
+# -- CUDA ---------------------------------------------------------------------------------------------------------
+
+CUDA = Machine(
+    "linux",
+    "x86_64",
+    torch=(2, 13),
+    cxx11=True,
+    backend="cuda",
+    backend_version=(13, 0),
+    devices=(Device("cuda", 0, "H", (9, 0)),),
+)
+
+
+def test_device_code_is_compiled_for_what_the_file_names_else_for_the_devices_here():
+    file = buildfile.parse(MINIMAL + '[kernel.a]\nbackend="cuda"\ndepends=[]\nsrc=["a.cu"]\ncuda-capabilities=["9.0a"]\n')
+    assert toolchain.architectures(file.sections[0], CUDA) == ("9.0a",)
+    assert toolchain.architectures(None, CUDA) == ("9.0",)
+    assert len(toolchain.architectures(None, LINUX)) > 1
+
+
+def test_a_library_that_is_not_at_hand_is_named():
+    file = buildfile.parse(MINIMAL + '[kernel.a]\nbackend="cuda"\ndepends=["torch", "cutlass_4_0"]\nsrc=["a.cu"]\n')
+    assert "needs cutlass_4_0" in build.misfit(file, CUDA)
+    assert build.misfit(file, LINUX) is None
+
+
+def test_no_nvcc_says_so(tmp_path, monkeypatch):
+    real = shutil.which
+    monkeypatch.setattr(shutil, "which", lambda name, *a, **k: None if name == "nvcc" else real(name, *a, **k))
+    with pytest.raises(BuildFailed, match="no nvcc on the path"):
+        build.compile(NATIVE.with_name("native_cuda"), CUDA, tmp_path)
+
+
+@pytest.mark.gpu
+def test_device_code_runs(tmp_path):
+    if not torch.cuda.is_available() or shutil.which("nvcc") is None:
+        pytest.skip("needs a CUDA device and nvcc")
+    path = build.compile(NATIVE.with_name("native_cuda"), machine.look(), tmp_path)
+    x = torch.arange(1000.0, device="cuda")
+    assert torch.equal(load(path).twice(x), 2 * x)
+    found = metadata.parse((path / "metadata.json").read_bytes())
+    major, minor = torch.cuda.get_device_capability()
+    assert (found.backend, found.archs) == ("cuda", (f"{major}.{minor}",))

@@ -23,7 +23,7 @@ from . import buildfile, metadata
 from ._version import __version__
 from .buildfile import BuildFile
 from .errors import BuildFailed
-from .toolchain import OPS_NOARCH, Compilation, compiler, failed, pair
+from .toolchain import OPS_NOARCH, Compilation, architectures, compiler, failed, pair
 from .types import Dependency, Machine, Progress
 
 __all__ = ["compile", "compiler", "misfit", "source_digest", "sources", "variant_name"]
@@ -128,6 +128,7 @@ def compile(root: Path, machine: Machine, into: Path, *, progress: Progress | No
 def misfit(file: BuildFile, machine: Machine) -> str | None:
     """Why `file` cannot be built for `machine`, or None."""
     torch, arch = machine.torch or (0, 0), file.framework == "torch"
+    lacking = sorted({d for s in file.sections_for(machine.backend) for d in s.depends} - {"torch"})
     low, high = (pair(bound) if bound else torch for bound in (file.minver, file.maxver))
     checks = (
         (
@@ -140,6 +141,7 @@ def misfit(file: BuildFile, machine: Machine) -> str | None:
             f"needs a compiler for {machine.backend}; cpu and cuda are compiled here",
         ),
         (not arch or machine.os in {"linux", "darwin"}, f"has C++ sources, compiled on linux and darwin; this is {machine.os}"),
+        (not lacking, f"needs {', '.join(lacking)}, which only the field's builder brings"),
         (low <= torch <= high, f"is for torch {file.minver or '...'} to {file.maxver or '...'}, this is {torch[0]}.{torch[1]}"),
     )
     return next((why for fine, why in checks if not fine), None)
@@ -199,9 +201,11 @@ def _copy_package(root: Path, file: BuildFile, into: Path) -> None:
 
 
 def _write_metadata(root: Path, file: BuildFile, machine: Machine, id_: str, package: Path) -> None:
-    archs = {a for s in file.sections_for(machine.backend) for a in s.archs} | set(dict(file.archs).get(machine.backend, ()))
+    archs = set(dict(file.archs).get(machine.backend, ()))
+    for section in file.sections_for(machine.backend) if machine.backend == "cuda" else ():
+        archs |= {*architectures(section, machine)} if any(name.endswith(".cu") for name in section.src) else set()
     backend: dict[str, object] = {"type": machine.backend}
-    if machine.backend in {"cuda", "rocm"} and archs:
+    if archs:
         backend["archs"] = sorted(archs)
     written: dict[str, object] = {
         "name": file.name,

@@ -25,7 +25,8 @@ from .types import Machine, Progress
 COMPILERS = ("c++", "g++", "clang++")
 SOURCES = (".cpp", ".cc", ".cxx", ".c", ".cu")
 _SHOWN = 12  # lines of the compiler's report that an error carries
-_CUDA_BY_DEFAULT = ("8.0", "8.6", "9.0")
+_CUDA_BY_DEFAULT = ("8.0", "9.0", "10.0")  # where the build file names none and no device is visible
+_WRAPPERS = {"ccache", "sccache", "distcc"}
 _MEANINGFUL = re.compile(r"error|undefined reference|No such file|cannot find|fatal", re.IGNORECASE)
 
 
@@ -48,6 +49,12 @@ def pair(version: str) -> tuple[int, int]:
     """Major and minor of a dotted version."""
     major, _, rest = version.partition(".")
     return int(major), int(rest.partition(".")[0] or 0)
+
+
+def architectures(section: Section | None, machine: Machine) -> tuple[str, ...]:
+    """CUDA capabilities to compile for: those of the build file, else those of the visible devices, else the usual ones."""
+    here = sorted({f"{d.capability[0]}.{d.capability[1]}" for d in machine.devices if d.capability is not None})
+    return (section.archs if section else ()) or tuple(here) or _CUDA_BY_DEFAULT
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,36 +123,41 @@ class Compilation:
                 yield _Unit(source, target, [*self._flags(section, source), "-c", str(source), "-o", str(target)])
 
     def _flags(self, section: Section | None, source: Path) -> list[str]:
-        needs_torch = section is None or "torch" in section.depends
-        stable = dict(self.file.stable_abi).get(self.machine.backend)
-        includes = (section.include if section else self.file.include) or ()
-        command = [*self._nvcc(section)] if source.suffix == ".cu" else [*self.cxx, "-fPIC", "-fvisibility=hidden", "-w"]
+        on_device = source.suffix == ".cu"
+        command = self._nvcc(section) if on_device else [*self.cxx, "-fPIC", "-fvisibility=hidden", "-w"]
         command += ["-O3", "-DNDEBUG", f"-std=c++{20 if (self.machine.torch or (0, 0)) >= (2, 12) else 17}"]
         command += [f"-DTORCH_EXTENSION_NAME={self.id}", "-DPy_LIMITED_API=0x03090000"]
-        command += [f"-I{self.root / path}" for path in includes] + [f"-I{self.root}", f"-I{self.objects}"]
+        command += [f"-I{self.root / path}" for path in (section.include if section else self.file.include)]
+        command += [f"-I{self.root}", f"-I{self.objects}"]
         if self.machine.cxx11 is not None:
             command.append(f"-D_GLIBCXX_USE_CXX11_ABI={int(self.machine.cxx11)}")
+        stable = dict(self.file.stable_abi).get(self.machine.backend)
         if stable is not None:
             major, minor = pair(stable)
             command.append(f"-DTORCH_TARGET_VERSION={(major << 56) | (minor << 48):#x}")
-        if needs_torch:
-            include = self.torch / "include"
-            command += ["-isystem", str(include), "-isystem", str(include / "torch" / "csrc" / "api" / "include")]
-            python = sysconfig.get_path("include")
-            command += ["-isystem", python] if (Path(python) / "Python.h").is_file() else ["-DKERNEL_WITHOUT_PYTHON"]
-            if self.machine.os == "linux" and not self.is_clang and source.suffix != ".cu":
-                command.append("-fopenmp")  # at::parallel_for is a template: its threads must be torch's own libgomp, see link
-        return command + list(
-            section.cxx_flags + (section.device_flags if source.suffix == ".cu" else ()) if section else self.file.cxx_flags
-        )
+        if section is None or "torch" in section.depends:
+            command += self._with_torch(on_device=on_device)
+        if section is None:
+            return [*command, *self.file.cxx_flags]
+        return [*command, *section.cxx_flags, *(section.device_flags if on_device else ())]
+
+    def _with_torch(self, *, on_device: bool) -> list[str]:
+        include, python = self.torch / "include", Path(sysconfig.get_path("include"))
+        found = ["-isystem", str(include), "-isystem", str(include / "torch" / "csrc" / "api" / "include")]
+        found += ["-isystem", str(python)] if (python / "Python.h").is_file() else ["-DKERNEL_WITHOUT_PYTHON"]
+        if self.machine.backend == "cuda" and not on_device:
+            found += ["-DUSE_CUDA", *_of_nvcc("INCLUDES")]
+        if self.machine.os == "linux" and not self.is_clang and not on_device:
+            found.append("-fopenmp")  # at::parallel_for is a template: its threads must be torch's own libgomp, see _link
+        return found
 
     def _nvcc(self, section: Section | None) -> list[str]:
         found = shutil.which("nvcc")
         if found is None:
             raise failed(self.file, "has CUDA sources, and there is no nvcc on the path", todo="install the CUDA toolkit")
-        archs = (section.archs if section else ()) or _CUDA_BY_DEFAULT
-        command = [found, "-ccbin", self.cxx[0], "-Xcompiler", "-fPIC,-fvisibility=hidden", "-w", "--expt-relaxed-constexpr"]
-        for arch in archs:
+        host = next(word for word in self.cxx if Path(word).name not in _WRAPPERS)
+        command = [found, "-ccbin", host, "-Xcompiler", "-fPIC,-fvisibility=hidden", "-w", "--expt-relaxed-constexpr"]
+        for arch in architectures(section, self.machine):
             number = arch.removesuffix("+PTX").replace(".", "")
             command.append(f"-gencode=arch=compute_{number},code=sm_{number}")
             if arch.endswith("+PTX"):
@@ -163,9 +175,7 @@ class Compilation:
         command += ["-undefined", "dynamic_lookup"] if self.machine.os == "darwin" else ["-Wl,--no-as-needed", "-Wl,-s"]
         command += ["-ltorch_cpu", "-lc10"]
         if self.machine.backend == "cuda":
-            command += ["-ltorch_cuda", "-lc10_cuda"]
-            if (cuda := shutil.which("nvcc")) is not None:
-                command += [f"-L{Path(cuda).parents[1] / 'lib64'}", "-lcudart"]
+            command += ["-ltorch_cuda", "-lc10_cuda", *_of_nvcc("LIBRARIES"), "-lcudart"]  # the shared one: torch has loaded it
         self._call(command, "linking")
         is_module = f"PyInit_{self.id}".encode() in library.read_bytes()
         final = package / f"{self.id}{'.abi3' if is_module else ''}.so"
@@ -187,6 +197,16 @@ class Compilation:
             first = next((i for i, line in enumerate(lines) if _MEANINGFUL.search(line)), 0)
             shown = "\n".join(f"  {line}" for line in lines[first : first + _SHOWN]) or f"  exit status {done.returncode}"
             raise failed(self.file, f"{what}: {Path(command[0]).name} failed\n{shown}", todo=f"the whole report: {self.log}")
+
+
+def _of_nvcc(word: str) -> list[str]:
+    """The flags that nvcc itself uses for `INCLUDES` or `LIBRARIES`: asked, because the nvcc on the path may be a wrapper."""
+    found = shutil.which("nvcc")
+    if found is None:
+        return []
+    done = subprocess.run([found, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True, check=False)  # noqa: S603  # nvcc, fixed arguments
+    line = re.search(rf"^#\$ {word}=(.*)$", done.stderr + done.stdout, re.MULTILINE)
+    return shlex.split(line[1]) if line else []
 
 
 # What bindings written for the field's builder include: it generates this header, and `_ops.py`.
