@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from tests.slots.parts import MLP, READING, Model, Prover, RMSNorm, everywhere, kernel, rms_norm_kernel, swap
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from kernelswap.apply import apply
@@ -24,11 +25,11 @@ def one_process(tmp_path_factory):
 
 
 def shard(model):
+    mesh = init_device_mesh("cpu", (1,))
     for layer in model.layers:
-        fully_shard(layer.norm1)
-        fully_shard(layer)
-    fully_shard(model)
-    return model
+        fully_shard(layer.norm1, mesh=mesh)
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
 
 
 def step(model):
@@ -92,5 +93,5 @@ def test_modes_stay_live_under_a_sharded_class_without_a_new_class_at_each_turn(
 
 def test_a_kernel_that_reads_a_parameter_which_a_shard_of_its_own_brings_declines():
     mlp = MLP()
-    fully_shard(mlp.gate_proj)
+    fully_shard(mlp.gate_proj, mesh=init_device_mesh("cpu", (1,)))
     assert "has forward hooks" in slots.obstacle(mlp, READING)

@@ -23,10 +23,12 @@ from kernelswap.apply import apply
 X = torch.linspace(-1, 1, 24).reshape(3, 8)
 
 
-@pytest.fixture(autouse=True)
-def fresh_dynamo():
+@pytest.fixture(autouse=True, params=[True, False], ids=["by dict tags", "by every guard"])
+def fresh_dynamo(request):
+    """Each test under both ways to check guards: the first is the default of torch 2.9 to 2.12."""
     torch._dynamo.reset()
-    yield
+    with torch._dynamo.config.patch(use_recursive_dict_tags_for_guards=request.param):
+        yield
     torch._dynamo.reset()
 
 

@@ -123,8 +123,20 @@ def move(module: nn.Module, cls: type[Any]) -> None:
     mine = ours(now)
     if mine is None or mine is cls:
         return
+    assign(module, cls if mine is now else _rebased(now, mine, cls))
+
+
+def assign(module: nn.Module, cls: type[Any]) -> None:
+    """Make `module` a `cls`, so that everyone notices."""
     # not `module.__class__ = ...`: nn.Module.__setattr__ would look through all parameters first
-    object.__setattr__(module, "__class__", cls if mine is now else _rebased(now, mine, cls))
+    object.__setattr__(module, "__class__", cls)
+    # torch.compile of 2.9 to 2.12 takes a module whose dicts have not changed for one whose type has not changed, and would
+    # go on with the code of the former class. 1 is True: whoever reads in between reads the same.
+    held = vars(module)
+    training = held.get("training")
+    if isinstance(training, bool):
+        held["training"] = int(training)
+        held["training"] = training
 
 
 def _rebased(wrapper: type[Any], mine: type[Any], cls: type[Any]) -> type[Any]:

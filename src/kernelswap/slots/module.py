@@ -59,7 +59,7 @@ def install(
     if "forward" in held and "_old_forward" not in held:
         slot.leftover = held.pop("forward")
     state.remember(module, slot)
-    object.__setattr__(module, "__class__", both[held.get("training", True)])
+    classes.assign(module, both[held.get("training", True)])
     return slot
 
 
@@ -96,7 +96,7 @@ def restore(slot: Slot) -> None:
         return
     state.forget(module)
     if type(module) is not slot.base:
-        object.__setattr__(module, "__class__", slot.base)
+        classes.assign(module, slot.base)
     if slot.leftover is not None:
         vars(module).setdefault("forward", slot.leftover)
 
