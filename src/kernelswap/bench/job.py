@@ -166,6 +166,7 @@ class _Job:
     def before(self) -> None:
         """What the model is and answers, before anything."""
         with self.clock("original"):
+            self.progress("running the original", 0, 0)
             self.state = state.take(self.subject.model)
             self.logits = self.subject.forward().clone()
             self.tokens = self.subject.generate(self.new_tokens).clone()
@@ -173,13 +174,16 @@ class _Job:
             self.report.memory_original = ab.peak(self.subject.forward, self.device)
             self.twin = ab.twin(self.subject.model)
             self.report.modules = len(self.state)
+            self.progress("running the original", 1, 1)
 
     def swap(self, **options: Any) -> None:
         """The ordinary path; then one real run, whose tensors every kernel is checked on."""
         with self.clock("swap"):
+            self.progress("finding, verifying and proving kernels", 0, 0)
             self.applied = self.swapping(self.subject.model, build="wait", progress=self.progress, **options)
             self.subject.generate(self.new_tokens)
             self.subject.forward()
+            self.progress("finding, verifying and proving kernels", 1, 1)
             found = kinds.group(self.applied.outcomes, self.subject.model)
             self.report.rows = tuple(kinds.Measured(kind) for kind in found)
             self.report.swapped = sum(len(k.sites) for k in found if k.swapped)

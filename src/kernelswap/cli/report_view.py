@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ..bench.kinds import Measured
 
 
-_LEGEND = "error: of the worst row, relative, against float64. Times: medians of runs that take turns; 2x: twice as fast."
+_LEGEND = "error: of the worst row, relative, against float64. Times: medians; x: median of the turns, 2x is twice as fast."
 
 
 def show(report: Report, out: Console) -> None:
