@@ -59,6 +59,12 @@ class NotCompilable(nn.Module):
         return RMSNorm.forward(self, hidden_states)
 
 
+class ReadsInside(nn.Module):
+    def forward(self, x):
+        up = nn.functional.linear(x, self.up_proj.weight, self.up_proj.bias)
+        return self.down_proj(nn.functional.silu(self.gate_proj(x)) * up)
+
+
 class Wrong(nn.Module):
     def forward(self, hidden_states):
         return hidden_states * self.weight

@@ -30,7 +30,7 @@ from kernelswap.errors import (
 from kernelswap.sources.bundled import BundledSource
 from kernelswap.sources.directory import DirectorySource
 from kernelswap.sources.hub import HubSource
-from kernelswap.types import Mode, Row, Use
+from kernelswap.types import Mode, Row, Swap, Use
 
 
 @pytest.fixture(autouse=True)
@@ -182,12 +182,25 @@ def test_swapping_again_takes_back_what_was_there_before(swapper):
     before = frozen(model)
     first = swapper.swap(model)
     second = swapper.swap(model, skip="RMSNorm")
-    assert second.report["swapped"] == 1
+    assert [o.site.path for o in second.outcomes if isinstance(o, Swap)] == ["0.mlp"]
     assert list(first.modules()) == []
     first.undo()
     assert len(list(second.modules())) == 1
     second.undo()
     assert frozen(model) == before
+
+
+def test_a_decorated_class_is_recognised_while_it_is_swapped(swapper):
+    class Scaling(RMSNorm):
+        kernel_layer_name = "RMSNorm"
+
+        def forward(self, x):
+            return super().forward(x)
+
+    module = Scaling(8)
+    swapper.swap(module)
+    assert isinstance(swapper.swap(module).outcomes[0], Swap)
+    swapper.unkernelize(module)
 
 
 def test_a_second_swap_that_fails_leaves_the_first_in_place(swapper):

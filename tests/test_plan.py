@@ -29,10 +29,10 @@ def provide(root, tmp_path):
 def planned(root, provide):
     """`planned(model, rows)` plans with the kernels of `root`."""
 
-    def run(model, rows=None, *, prover=None, machine=CPU, give=None, only=None, **wish):
+    def run(model, rows=None, *, prover=None, machine=CPU, give=None, only=None, verdicts=None, **wish):
         rows = swapping.rows(root) if rows is None else rows
         found = sites.find(model, rows, only=only)
-        return plan(model, found, give or provide, prover or Near(), machine=machine, wish=Wish(**wish))
+        return plan(model, found, give or provide, prover or Near(), machine=machine, wish=Wish(**wish), verdicts=verdicts)
 
     return run
 
@@ -92,6 +92,14 @@ def test_equal_modules_are_proved_once_in_each_mode(planned):
     assert len(prover.asked) == 2 * 2  # norm and MLP, inference and training
 
 
+def test_what_was_proved_for_a_model_is_not_proved_again(planned):
+    model, prover, verdicts = swapping.model(layers=2), Near(), {}
+    planned(model, prover=prover, verdicts=verdicts)
+    asked = len(prover.asked)
+    planned(model, prover=prover, verdicts=verdicts)
+    assert len(prover.asked) == asked > 0
+
+
 @pytest.mark.parametrize("change", ["eps", "width", "dtype", "activation"])
 def test_modules_that_may_compute_differently_are_proved_apart(planned, change):
     one_, other = {
@@ -120,9 +128,14 @@ def test_an_activation_whose_mlp_stays_is_served_itself(planned):
 def test_an_activation_whose_mlp_is_swapped_in_one_mode_only_is_served_in_the_other(planned, root):
     inference = replace(swapping.rows(root)[2], use=(Use(f"dir://{root}:SwiGLUMLP", modes=(Mode.INFERENCE,)),))
     rows = (inference, swapping.rows(root)[4])
-    at = {o.site.path: o for o in planned(Mlp(8, nn.SiLU()), rows)}
-    assert layer(at[""].training) is None
-    assert isinstance(at["act_fn"], Swap)
+    for path, model in (("", Mlp(8, nn.SiLU())), ("0", nn.ModuleList([Mlp(8, nn.SiLU())]))):
+        at = {o.site.path: o for o in planned(model, rows)}
+        assert layer(at[path].training) is None
+        assert isinstance(at[f"{path}.act_fn".lstrip(".")], Swap)
+
+
+def test_a_lone_mlp_hides_its_activation_too(planned):
+    assert planned(Mlp(8, nn.SiLU()))[1].reason == "inside SwiGLUMLP, which is swapped"
 
 
 # -- modes ----------------------------------------------------------------------------------------------------------
@@ -213,6 +226,15 @@ def test_what_stands_in_one_modules_way_does_not_concern_its_twins(planned):
     kinds = [type(o) for o in planned(model)]
     assert kinds == [Swap, Kept, Swap]
     assert "replaced on this very instance" in reason(planned(model)[1])
+
+
+def test_a_hook_that_a_kernel_would_go_round_concerns_the_one_module_that_has_it(planned, root):
+    row = replace(swapping.rows(root)[2], use=(Use(f"dir://{root}:ReadsInside"),))
+    model = nn.ModuleList([Mlp(8, nn.SiLU()) for _ in range(3)])
+    model[1].up_proj.register_forward_hook(lambda *_: None)
+    outcomes = planned(model, (row,))
+    assert [type(o) for o in outcomes] == [Swap, Kept, Swap]
+    assert "up_proj" in reason(outcomes[1])
 
 
 def test_each_module_is_decided_on_its_own_device(planned, root):

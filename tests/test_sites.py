@@ -217,8 +217,7 @@ def test_under_accelerate_the_device_is_where_the_module_runs():
 
 def test_integers_say_nothing_about_the_dtype():
     norm = RMSNorm(4)
-    norm.register_buffer("steps", torch.zeros(1, dtype=torch.int64))
-    norm._parameters = dict(reversed(list(norm._parameters.items())))
+    norm._parameters = {"steps": nn.Parameter(torch.zeros(1, dtype=torch.int64), requires_grad=False), **norm._parameters}
     assert found(norm)["", "RMSNorm"].dtype == "torch.float32"
 
 

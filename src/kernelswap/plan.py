@@ -162,11 +162,11 @@ class _Planner:
             return "its weights are on the meta device, not loaded yet"
         if site.kind == "function" and site.path in self.replaced:
             return f"inside {self.replaced[site.path][0]}, which is swapped"
-        parts = site.path.split(".")
-        for depth in range(1, len(parts)):
-            around = ".".join(parts[:depth])
-            if around in self.replaced and parts[depth] not in self.replaced[around][1]:
-                return f"inside {parts[depth - 1]}, which is swapped"
+        parts = site.path.split(".") if site.path else []
+        for depth in range(len(parts)):
+            layer, called = self.replaced.get(".".join(parts[:depth]), ("", frozenset()))
+            if layer and parts[depth] not in called:
+                return f"inside {parts[depth - 1] if depth else layer}, which is swapped"
         return None
 
     def uses(self, site: Site) -> tuple[Use, ...]:
