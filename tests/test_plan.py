@@ -134,6 +134,10 @@ def test_an_activation_whose_mlp_is_swapped_in_one_mode_only_is_served_in_the_ot
         assert isinstance(at[f"{path}.act_fn".lstrip(".")], Swap)
 
 
+def test_a_mode_that_was_not_asked_for_does_not_count_for_what_is_inside(planned):
+    assert planned(Mlp(8, nn.SiLU()), mode=Mode.INFERENCE)[1].reason == "inside SwiGLUMLP, which is swapped"
+
+
 def test_a_lone_mlp_hides_its_activation_too(planned):
     assert planned(Mlp(8, nn.SiLU()))[1].reason == "inside SwiGLUMLP, which is swapped"
 

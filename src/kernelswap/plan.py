@@ -149,7 +149,8 @@ class _Planner:
             passed = not_in_inference or not_in_training
             return Kept(site, _one_reason(passed, site), tuple((p.spec, p.why) for p in passed))
         called = {reads.root(read) for implementation in served for read in implementation.reads}
-        if site.kind == "module" and len(served) == 2 and reads.ANYTHING not in called:
+        wanted = sum(run is not None for run in self.runs.values())
+        if site.kind == "module" and len(served) == wanted and reads.ANYTHING not in called:
             self.replaced[site.path] = site.layer, frozenset(called)
         return Swap(site, inference, training)
 
