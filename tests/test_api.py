@@ -18,6 +18,7 @@ from kernelswap import spec
 from kernelswap.api import Swapper
 from kernelswap.errors import (
     BuildFailed,
+    KernelSwapError,
     NoVariant,
     Refused,
     Required,
@@ -209,6 +210,8 @@ def test_a_second_swap_that_fails_leaves_the_first_in_place(swapper):
     now = frozen(model)
     with pytest.raises(Required):
         swapper.swap(model, require="LayerNorm")
+    with pytest.raises(KernelSwapError, match="check='sometimes' says nothing"):
+        swapper.swap(model, check="sometimes")
     assert frozen(model) == now
     assert swapper.applied(model) is first
     first.undo()

@@ -23,7 +23,7 @@ from . import mode as modes
 from . import plan as planning
 from . import render, sites, spec
 from . import table as tables
-from .apply import Applied, apply
+from .apply import Applied, apply, how_often
 from .errors import TableError, UndoConflict
 from .plan import NotAsked, Wish
 from .provider import Build, Provider, Terms
@@ -171,6 +171,7 @@ class Swapper(Provider):
             UndoConflict: something wrapped a module since the former swap; undo that first.
             Whatever `plan` raises. In all cases the model is as it was.
         """
+        how_often(check)  # before anything is taken back
         with self._lock:
             outcomes = self.plan(model, **wanted)
             planning.require(outcomes, (require,) if isinstance(require, str) else tuple(require))

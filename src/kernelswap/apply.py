@@ -56,7 +56,7 @@ def apply(
         KernelSwapError: `check` says nothing, or a path does not exist.
         Whatever a slot raises. In all cases the model is as it was.
     """
-    every = _every(check)
+    every = how_often(check)
     swaps: dict[str, list[tuple[int, Swap]]] = {}
     for i, outcome in enumerate(outcomes):
         if isinstance(outcome, Swap):
@@ -80,8 +80,12 @@ def apply(
     return applied
 
 
-def _every(check: str) -> int | None:
-    """How often to check: None never, 0 once, n every n-th call."""
+def how_often(check: str) -> int | None:
+    """What `check` of `apply` means: None never, 0 once, n every n-th call.
+
+    Raises:
+        KernelSwapError: it says nothing.
+    """
     known = {"first-use": 0, "always": 1, "off": None}
     if check in known:
         return known[check]

@@ -1,0 +1,78 @@
+"""A model on a GPU, swapped through the default table with the kernels that come with the package."""
+
+import pytest
+import torch
+import torch.nn as nn
+from tests.swapping import Mlp, RMSNorm, frozen
+
+from kernelswap.api import Swapper
+from kernelswap.types import Kept, Swap
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available() or torch.version.hip is not None, reason="needs an NVIDIA GPU"),
+]
+
+
+@pytest.fixture(scope="module")
+def swapper(tmp_path_factory):
+    return Swapper(cache=tmp_path_factory.mktemp("gpu"), offline=True)
+
+
+def qwen3(dtype=torch.bfloat16):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.Qwen3Config(
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        vocab_size=512,
+    )
+    return transformers.Qwen3ForCausalLM(config).eval().to("cuda", dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_on_a_gpu_is_swapped_proved_and_given_back(swapper, dtype):
+    model, ids = qwen3(dtype), torch.randint(0, 512, (2, 33), device="cuda")
+    before = frozen(model)
+    with torch.no_grad():
+        original = model(ids).logits
+        applied = swapper.swap(model)
+        served = {
+            o.site.layer: o.inference.implementation.origin.candidate.variant for o in applied.outcomes if isinstance(o, Swap)
+        }
+        assert served == dict.fromkeys(("RMSNorm", "SwiGLUMLP", "rotary_pos_emb"), "torch-cuda")
+        found = model(ids).logits
+        assert applied.refusals == ()
+        torch.testing.assert_close(found, original, atol=0.05 if dtype == torch.bfloat16 else 1e-4, rtol=0.05)
+        applied.undo()
+        assert frozen(model) == before
+        assert torch.equal(model(ids).logits, original)
+
+
+def test_training_on_a_gpu_goes_through_kernels(swapper):
+    model, ids = qwen3(torch.float32).train(), torch.randint(0, 512, (2, 33), device="cuda")
+
+    def gradients():
+        model.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    expected = gradients()
+    with swapper.swap(model) as applied:
+        found = gradients()
+        assert applied.refusals == ()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_modules_on_two_devices_are_each_served_by_their_own_build(swapper):
+    model = nn.ModuleList([RMSNorm(64).cuda(), RMSNorm(64), Mlp(64, nn.SiLU()).cuda()])
+    here, there, mlp, _ = swapper.plan(model, build="never")
+    assert here.inference.implementation.origin.candidate.variant == "torch-cuda"
+    assert isinstance(there, Kept)
+    assert there.reason == "kernelswap/layers:RMSNorm is not compiled on this machine yet"
+    assert isinstance(mlp, Swap)
