@@ -1,6 +1,7 @@
 """Taking Transformers over, and giving it back: whatever came first, and whatever `kernels` is there."""
 
 import importlib
+import importlib.util
 import subprocess
 import sys
 
@@ -168,3 +169,15 @@ def test_a1_a16_any_version_of_kernels_may_be_installed(version, tmp_path, hub, 
     )
     cache = {"KERNELSWAP_CACHE": str(tmp_path / "cache"), "HF_HUB_CACHE": str(hub_cache), "HF_HOME": str(tmp_path / "home")}
     assert run(code, HF_ENDPOINT=hub.url, OMP_NUM_THREADS="1", **cache) == "9"
+
+
+def test_the_mode_of_the_guide_can_be_imported_while_installed(monkeypatch):
+    if importlib.util.find_spec("kernels") is not None:
+        pytest.skip("kernels is installed here")
+    kernelswap.install()
+    mode = importlib.import_module("kernels").Mode
+    assert mode.TRAINING | mode.TORCH_COMPILE == kernelswap.Mode.TRAINING | kernelswap.Mode.TORCH_COMPILE
+    kernelswap.uninstall()
+    assert "kernels" not in sys.modules
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("kernels")
