@@ -35,7 +35,7 @@ def _forward(X, W, Y, M, eps, N: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.con
         y = x * (1.0 + w.to(tl.float32))[None, :]
     else:
         y = x.to(X.dtype.element_ty).to(tl.float32) * w.to(tl.float32)[None, :]
-    tl.store(Y + at, y, mask=inside, cache_modifier=".cs")
+    tl.store(Y + at, y, mask=inside)
 
 
 @triton.jit(do_not_specialize=["M", "eps"])

@@ -75,8 +75,8 @@ def _rotate(
         y1 = x1 * c1[None, :] - x2 * s1[None, :]
         y2 = x2 * c2[None, :] + x1 * s2[None, :]
     to = obase + h[:, None].to(tl.int64) * oh + i[None, :]
-    tl.store(O + to, y1, mask=inside, cache_modifier=".cs")
-    tl.store(O + to + D // 2, y2, mask=inside, cache_modifier=".cs")
+    tl.store(O + to, y1, mask=inside)
+    tl.store(O + to + D // 2, y2, mask=inside)
 
 
 # -- host side ----------------------------------------------------------------------------------------------------
@@ -177,7 +177,8 @@ def _prepare(
     )  # fmt: skip
     odd = any(x & 15 for x in strides)
     large = max(strides) > 2147483647
-    group = min(16, triton.next_power_of_2(max(heads, kv_heads)))
+    # heads per program, measured: the norm's reductions want more of them in flight
+    group = min(16 if weight is None else 32, triton.next_power_of_2(max(heads, kv_heads)))
     blocks = batch * seq * (-(-heads // group) - (-kv_heads // group))
     norm = int(weight is not None)
 
