@@ -18,6 +18,7 @@ from tests.hub import Hub, kernel_files
 
 import kernelswap
 from kernelswap.errors import BadMetadata, KernelSwapError, NotCached, Refused, UnknownKernel, Unreachable
+from kernelswap.sources import hub_client
 from kernelswap.sources.hub import HubSource
 from kernelswap.sources.hub_cache import CachedRepo
 from kernelswap.sources.hub_client import HubClient
@@ -396,6 +397,17 @@ def test_an_unreachable_hub_means_use_what_is_here_with_one_note_and_one_warning
     assert len(caplog.records) == (0 if gone.commit in spec else 1)
 
 
+def test_one_warning_is_enough_however_long_the_hub_is_gone(gone, source_of, caplog, monkeypatch):
+    source = source_of()
+    clock = [time.monotonic()]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    with caplog.at_level(logging.WARNING, logger="kernelswap"):
+        for _ in range(3):
+            assert "network failure" in source.find(parse("org/demo@1"))[1][0]
+            clock[0] += 61
+    assert len(caplog.records) == 1
+
+
 def test_an_unreachable_hub_is_called_a_network_failure(gone, source_of):
     with pytest.raises(Unreachable, match=r"network failure: the hub at http://127.0.0.1:\d+ did not answer") as e:
         source_of().find(parse("org/other@1"))
@@ -505,6 +517,23 @@ def test_wrong_bytes_of_the_right_length_are_never_handed_on_and_leave_the_cache
         source.fetch(candidate, tmp_path / "into")
     assert path not in on_disk(tmp_path / "into")
     assert not list((hub_cache / "kernels--org--demo" / "snapshots").rglob(path))
+
+
+def test_damaged_metadata_is_never_read(hub, hub_cache, source_of):
+    """It decides which build is chosen, before any verifier sees it."""
+    published = files("torch-cpu")
+    hub.repo("org/demo").branch("v1", published)
+    source = source_of()
+    (candidate,) = source.find(parse("org/demo@1"))[0]
+    hub.fault("*/metadata.json", "corrupt")
+    with pytest.raises(Unreachable, match=r"metadata.json has other bytes than the hub lists, twice"):
+        source.read(candidate, "metadata.json")
+    hub.clear()
+    right = source.read(candidate, "metadata.json")
+    assert right == published["build/torch-cpu/metadata.json"]
+    (blob,) = (hub_cache / "kernels--org--demo" / "blobs").iterdir()
+    blob.write_bytes(right.replace(b"demo", b"omed"))
+    assert source.read(candidate, "metadata.json") == right
 
 
 def test_a_damaged_file_in_the_cache_is_fetched_again(hub, hub_cache, fetched, caplog):
@@ -627,16 +656,22 @@ def test_more_than_any_honest_build_is_refused_before_the_first_byte(hub, source
     assert not hub.requests("*/resolve/*")
 
 
-def test_a_link_in_the_cache_that_leads_out_is_not_read(hub, hub_cache, fetched, source_of, tmp_path):
+@pytest.mark.parametrize("listed", [True, False])
+def test_a_link_in_the_cache_that_leads_out_is_not_read(hub, hub_cache, fetched, source_of, tmp_path, listed):
     hub.repo("org/demo").branch("v1", files("torch-cpu"))
     candidate, _ = fetched("org/demo@1")
     secret = tmp_path / "secret"
-    secret.write_text("secret")
-    pointer = hub_cache / "kernels--org--demo" / "snapshots" / candidate.commit / "build" / "torch-cpu" / "__init__.py"
+    secret.write_text("x = 1")  # the right bytes: only the place is wrong
+    folder = hub_cache / "kernels--org--demo"
+    pointer = folder / "snapshots" / candidate.commit / "build" / "torch-cpu" / "__init__.py"
     pointer.unlink()
     pointer.symlink_to(secret)
-    with pytest.raises(NotCached):
-        source_of(offline=True).read(candidate, "__init__.py")
+    if listed:
+        with pytest.raises(NotCached):
+            source_of(offline=True).read(candidate, "__init__.py")
+    else:
+        (folder / ".kernelswap" / f"{candidate.commit}.json").unlink()
+        assert source_of(offline=True).read(candidate, "__init__.py") is None
 
 
 # -- redirects
@@ -740,12 +775,25 @@ def test_files_come_several_at_once(hub, source_of, tmp_path):
     assert held.gate.is_set()
 
 
-def test_nothing_is_drawn(hub, source_of, tmp_path, capfd):
+def test_nothing_is_drawn(hub, source_of, tmp_path, monkeypatch):
+    made = []
+    quiet = hub_client._quiet
+
+    def remembering(tick):
+        class Remembered(quiet(tick)):
+            def __init__(self, *args, **kwargs):
+                super().__init__(*args, **{**kwargs, "disable": False})
+                made.append(self)
+
+        return Remembered
+
+    monkeypatch.setattr(hub_client, "_quiet", remembering)
     hub.repo("org/demo").branch("v1", files("torch-cpu", files={"kernel.so": BIG}))
     source = source_of()
     (candidate,) = source.find(parse("org/demo@1"))[0]
     source.fetch(candidate, tmp_path)
-    assert capfd.readouterr() == ("", "")
+    assert made
+    assert all(bar.disable for bar in made)
 
 
 def test_the_client_says_who_it_is(hub):
