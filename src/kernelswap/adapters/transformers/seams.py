@@ -101,6 +101,8 @@ class Seams:
             config = KernelConfig.of(config) if config is not None else None
             use = bool(kwargs.get("use_kernels")) or config is not None
             trust = bool(kwargs.get("allow_all_kernels"))
+            if kwargs.get("attn_implementation") is not None and self._attention is not None:
+                kwargs["attn_implementation"] = self._attention.prepare(kwargs["attn_implementation"], trust=trust)
             before: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
             if fresh:
                 kwargs.pop("use_kernels", None)

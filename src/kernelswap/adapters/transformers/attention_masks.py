@@ -1,0 +1,103 @@
+"""Masks for attention kernels, in the form that each kind reads. Called by Transformers once per forward and kind of layer."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+
+@functools.cache
+def _masking() -> Any:
+    return importlib.import_module("transformers.masking_utils")
+
+
+def four_dimensional() -> Callable[..., Any]:
+    """Transformers' mask for scaled_dot_product_attention: `None` where `is_causal` says it all, else bool (B, 1, Sq, Sk)."""
+    return _masking().sdpa_mask  # type: ignore[no-any-return]  # Transformers has no stubs for it
+
+
+def two_dimensional(
+    batch_size: int, q_length: int, kv_length: int, q_offset: Any = 0, kv_offset: int = 0, attention_mask: Any = None, **rest: Any
+) -> Any:
+    """Transformers' mask for flash kernels: `None`, or bool (B, keys) of which keys are tokens.
+
+    Where more keys are there than tokens (a static cache) and no mask was given, one is made: flash kernels align at the end.
+    """
+    if attention_mask is None and kv_offset == 0 and kv_length > q_length:
+        live = int(q_offset) + q_length
+        if live < kv_length:
+            import torch
+
+            return torch.ones((batch_size, live), dtype=torch.bool, device=rest.get("device"))
+    return _masking().flash_attention_mask(
+        batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
+        attention_mask=attention_mask, **rest,
+    )  # fmt: skip
+
+
+def with_lengths(  # noqa: PLR0913, PLR0917  # Transformers' signature
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: Any = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] | None = None,
+    attention_mask: Any = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,  # noqa: FBT001, FBT002  # same
+    **rest: Any,
+) -> Any:
+    """As `four_dimensional`, and for one token without padding: `None` (every key lives) or int32 (B, 1, 1, 1), how many do.
+
+    A static cache is longer than what lives in it; the length stays on the device. Reads the padding mask once: one sync per
+    forward and kind of layer, none without a padding mask.
+    """
+    import torch
+
+    masking = _masking()
+    function = masking.causal_mask_function if mask_function is None else mask_function
+    if q_length == 1 and not torch.compiler.is_compiling() and not _capturing(torch, attention_mask, q_offset):
+        found = _one_token(torch, batch_size, kv_length, q_offset, kv_offset, function, attention_mask, local_size)
+        if found is not False:
+            return found
+    return masking.sdpa_mask(
+        batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
+        mask_function=function, attention_mask=attention_mask, local_size=local_size, allow_is_causal_skip=allow_is_causal_skip,
+        **rest,
+    )  # fmt: skip
+
+
+def _one_token(  # what the mask of one token depends on
+    torch: Any, batch: int, keys: int, offset: Any, kv_offset: int, function: Any, mask: Any, local_size: int | None
+) -> Any:
+    """`None`, lengths, or False: it takes a mask of four dimensions."""
+    static = isinstance(offset, torch.Tensor)
+    if static and function is _masking().causal_mask_function and kv_offset == 0 and offset.ndim == 0:
+        plain = mask is None or (mask.shape[-1] <= keys and bool(_prefix(torch, mask, offset)))
+        return (offset + 1).to(torch.int32).expand(batch).reshape(batch, 1, 1, 1) if plain else False
+    if not static and local_size is not None and keys <= local_size and _slides(function):
+        return None if mask is None or bool(mask[:, -keys:].all()) else False
+    return False
+
+
+def _prefix(torch: Any, mask: Any, last: Any) -> Any:
+    """Whether the tokens up to position `last`, and no others, are there, in every row."""
+    at = torch.arange(mask.shape[-1], device=mask.device)
+    return ((at <= last) == mask.bool()).all() & (mask.shape[-1] > last)
+
+
+def _capturing(torch: Any, mask: Any, offset: Any) -> bool:
+    on_gpu = any(isinstance(x, torch.Tensor) and x.is_cuda for x in (mask, offset))
+    return mask is not None and on_gpu and bool(torch.cuda.is_current_stream_capturing())
+
+
+def _slides(function: Callable[..., Any]) -> bool:
+    """Whether it is a causal sliding window and nothing else; chunks, which look alike from outside, are not."""
+    for cell in getattr(function, "__closure__", None) or ():
+        parts = cell.cell_contents
+        if isinstance(parts, tuple) and all(callable(part) for part in parts):
+            names = {part.__qualname__.partition(".")[0] for part in parts}
+            return names == {"sliding_window_overlay", "causal_mask_function"}
+    return False

@@ -1,0 +1,210 @@
+"""Attention of one query token per sequence over a key/value cache: split over the cache, heads of a group together.
+
+    o_h = softmax(scale * q_h K^T) V        K, V shared by the G = HQ / HK query heads of a group (GQA, arXiv:2305.13245)
+
+Split-KV ("flash decoding"): every program streams one part of one group's cache and keeps a running maximum, sum and
+weighted values; a second kernel joins the parts. The live length may lie in device memory, so that a captured graph
+follows it. Bytes: K and V once, whatever G is. Nothing is masked, repeated or planned per length.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._launch import bind, current_stream
+
+try:
+    from triton.errors import TritonError as Unfit
+except ImportError:  # older Triton
+    from triton.runtime.errors import OutOfResources as Unfit
+
+
+@triton.jit(do_not_specialize=["L", "splits", "scale", "window", "softcap"])
+def _split(
+    Q, K, V, LEN, SINK, O, PM, PA, L, splits, scale, window, softcap,
+    sqb, sqh, skb, skh, sks, svb, svh, svs, sob, soh,
+    HK: tl.constexpr, G: tl.constexpr, BG: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr,
+    BN: tl.constexpr, HAS_LEN: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, HAS_SINK: tl.constexpr,
+    SINGLE: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    split = tl.program_id(0) % splits
+    bh = tl.program_id(0) // splits
+    b = (bh // HK).to(tl.int64)
+    h = (bh % HK).to(tl.int64)
+    if HAS_LEN:
+        length = tl.minimum(tl.load(LEN + b).to(tl.int32), L)
+    else:
+        length = L
+    first = 0
+    if WINDOW:
+        first = tl.maximum(length - window, 0)
+    per = tl.cdiv(tl.cdiv(length - first, BN), splits) * BN
+    lo = first + split * per
+    hi = tl.minimum(lo + per, length)
+    g = tl.arange(0, BG)
+    d = tl.arange(0, BD)
+    dv = tl.arange(0, BDV)
+    n = tl.arange(0, BN)
+    q = tl.load(Q + b * sqb + (h * G + g[:, None]) * sqh + d[None, :], mask=(g < G)[:, None] & (d < D)[None, :], other=0.0)
+    m = tl.full((BG,), -1.0e30, tl.float32)
+    l = tl.zeros((BG,), tl.float32)
+    acc = tl.zeros((BG, BDV), tl.float32)
+    kp = K + b * skb + h * skh
+    vp = V + b * svb + h * svh
+    for start in tl.range(lo, hi, BN, num_stages=STAGES):
+        at = (start + n).to(tl.int64)
+        inside = start + n < hi
+        k = tl.load(kp + at[None, :] * sks + d[:, None], mask=inside[None, :] & (d < D)[:, None], other=0.0)
+        s = tl.dot(q, k)
+        if SOFTCAP:
+            x = s * (scale / softcap)
+            s = (2.0 / (1.0 + tl.exp(-2.0 * x)) - 1.0) * (softcap * 1.4426950408889634)
+        else:
+            s = s * (scale * 1.4426950408889634)
+        s = tl.where(inside[None, :], s, -1.0e30)
+        top = tl.maximum(m, tl.max(s, axis=1))
+        p = tl.exp2(s - top[:, None])
+        fade = tl.exp2(m - top)
+        l = l * fade + tl.sum(p, axis=1)
+        v = tl.load(vp + at[:, None] * svs + dv[None, :], mask=inside[:, None] & (dv < DV)[None, :], other=0.0)
+        acc = acc * fade[:, None] + tl.dot(p.to(v.dtype), v)
+        m = top
+    if SINGLE:
+        if HAS_SINK:
+            sink = tl.load(SINK + h * G + g, mask=g < G, other=0.0).to(tl.float32) * 1.4426950408889634
+            top = tl.maximum(m, sink)
+            fade = tl.exp2(m - top)
+            l = l * fade + tl.exp2(sink - top)
+            acc = acc * fade[:, None]
+        tl.store(O + b * sob + (h * G + g[:, None]) * soh + dv[None, :], acc / l[:, None], mask=(g < G)[:, None] & (dv < DV)[None, :])
+    else:
+        row = (bh * splits + split).to(tl.int64) * BG + g
+        tl.store(PM + row * 2, m, mask=g < G)
+        tl.store(PM + row * 2 + 1, l, mask=g < G)
+        tl.store(PA + row[:, None] * BDV + dv[None, :], acc, mask=(g < G)[:, None])
+
+
+@triton.jit(do_not_specialize=["splits"])
+def _join(
+    PM, PA, SINK, O, splits, sob, soh,
+    HK: tl.constexpr, G: tl.constexpr, BG: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr, BS: tl.constexpr, HAS_SINK: tl.constexpr,
+):  # fmt: skip
+    g = tl.program_id(0) % G
+    bh = tl.program_id(0) // G
+    b = (bh // HK).to(tl.int64)
+    h = (bh % HK).to(tl.int64)
+    s = tl.arange(0, BS)
+    dv = tl.arange(0, BDV)
+    row = (bh * splits + s).to(tl.int64) * BG + g
+    m = tl.load(PM + row * 2, mask=s < splits, other=-1.0e30)
+    l = tl.load(PM + row * 2 + 1, mask=s < splits, other=0.0)
+    top = tl.max(m, axis=0)
+    if HAS_SINK:
+        sink = tl.load(SINK + h * G + g).to(tl.float32) * 1.4426950408889634
+        top = tl.maximum(top, sink)
+    w = tl.where(l > 0.0, tl.exp2(m - top), 0.0)  # a part past the live length counts for nothing
+    total = tl.sum(w * l, axis=0)
+    if HAS_SINK:
+        total += tl.exp2(sink - top)
+    a = tl.load(PA + row[:, None] * BDV + dv[None, :], mask=(s < splits)[:, None], other=0.0)
+    tl.store(O + b * sob + (h * G + g) * soh + dv, tl.sum(a * w[:, None], axis=0) / total, mask=dv < DV)
+
+
+_bound: dict[tuple[Any, ...], tuple[Any, Any]] = {}
+_multiprocessors: dict[int, int] = {}
+_BLOCK = 64
+_DTYPES = (torch.bfloat16, torch.float16)
+
+
+def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """q (B, HQ, 1, D), k (B, HK, L, D), v (B, HK, L, DV): bf16 or fp16 on a GPU, D contiguous, up to 256, no gradients."""
+    return (
+        q.is_cuda
+        and q.shape[2] == 1
+        and q.dtype in _DTYPES
+        and k.dtype is q.dtype
+        and v.dtype is q.dtype
+        and q.shape[-1] <= 256
+        and v.shape[-1] <= 256
+        and q.shape[1] % k.shape[1] == 0
+        and q.shape[1] // k.shape[1] <= 64
+        and q.stride(3) == k.stride(3) == v.stride(3) == 1
+        and q.numel() > 0
+        and k.shape[2] > 0
+        and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
+    )
+
+
+def decode(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, length: Tensor | None = None,
+    window: int = 0, softcap: float = 0.0, sinks: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Attention of the newest token over what came before it and itself.
+
+    q (B, HQ, 1, D), k (B, HK, L, D), v (B, HK, L, DV), any strides with the last dimension contiguous -> (B, 1, HQ, DV).
+    length (B,) int32 or int64 on the device: how many of the L keys live; None: all. window: the last so many only; 0: all.
+    softcap: s -> c tanh(s/c); 0: none. sinks (HQ,): a logit per head that takes part in the sum and has no value.
+    """
+    batch, heads, _, dim = q.shape
+    kv_heads, keys, value_dim = k.shape[1], k.shape[2], v.shape[3]
+    group = heads // kv_heads
+    device = q.get_device()
+    if device not in _multiprocessors:
+        _multiprocessors[device] = torch.cuda.get_device_properties(device).multi_processor_count
+    live = min(keys, window) if window else keys
+    # enough parts to fill the chip, none shorter than two blocks; the grid depends on the cache's size, never on `length`
+    splits = max(1, min(64, 2 * _multiprocessors[device] // (batch * kv_heads), -(-live // (2 * _BLOCK))))
+    out = torch.empty((batch, 1, heads, value_dim), dtype=q.dtype, device=q.device)
+    qs, ks, vs = q.stride(), k.stride(), v.stride()
+    strides = (qs[0], qs[1], ks[0], ks[1], ks[2], vs[0], vs[1], vs[2], heads * value_dim, value_dim)
+    pq, pk, pv = q.data_ptr(), k.data_ptr(), v.data_ptr()
+    odd = ((pq | pk | pv) & 15) or any(x & 15 for x in strides)
+    block_group = max(16, triton.next_power_of_2(group))
+    block_value = triton.next_power_of_2(value_dim)
+    parts = triton.next_power_of_2(splits)
+    key = (
+        q.dtype, device, kv_heads, group, dim, value_dim, odd, None if length is None else length.dtype,
+        window > 0, softcap > 0, None if sinks is None else sinks.dtype, splits == 1, parts,
+    )  # fmt: skip
+    work = None if splits == 1 else torch.empty(
+        batch * kv_heads * splits * block_group * (block_value + 2), dtype=torch.float32, device=q.device
+    )
+    found = _bound.get(key)
+    if found is None:
+        example = 4096 + bool(odd)
+        floats = q.new_empty(0, dtype=torch.float32)
+        first = bind(
+            _split,
+            (q, k, v, q if length is None else length, q if sinks is None else sinks, out, floats, floats, 17, 17, 0.1, 17, 0.1)
+            + (example,) * 10,
+            device=device, num_warps=4, HK=kv_heads, G=group, BG=block_group, D=dim, BD=triton.next_power_of_2(dim),
+            DV=value_dim, BDV=block_value, BN=_BLOCK, HAS_LEN=int(length is not None), WINDOW=int(window > 0),
+            SOFTCAP=int(softcap > 0), HAS_SINK=int(sinks is not None), SINGLE=int(splits == 1), STAGES=3,
+        )  # fmt: skip
+        second = None
+        if splits > 1:
+            second = bind(
+                _join, (floats, floats, q if sinks is None else sinks, out, 17, 4096, 4096 if not odd else 4097),
+                device=device, num_warps=4, HK=kv_heads, G=group, BG=block_group, DV=value_dim, BDV=block_value, BS=parts,
+                HAS_SINK=int(sinks is not None),
+            )  # fmt: skip
+        found = _bound[key] = first, second
+    first, second = found
+    p_len = pq if length is None else length.data_ptr()
+    p_sink = pq if sinks is None else sinks.data_ptr()
+    po = out.data_ptr()
+    pa = po if work is None else work.data_ptr()
+    pm = po if work is None else pa + batch * kv_heads * splits * block_group * block_value * 4
+    with torch.cuda.device(device):
+        stream = current_stream(device)
+        first(
+            batch * kv_heads * splits, stream, pq, pk, pv, p_len, p_sink, po, pm, pa, keys, splits, scale, window, softcap, *strides
+        )
+        if second is not None:
+            second(batch * heads, stream, pm, pa, p_sink, po, splits, heads * value_dim, value_dim)
+    return out
