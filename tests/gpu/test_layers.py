@@ -1,0 +1,141 @@
+"""The Triton layers against float64, forward and backward. Runs where there is a GPU; never in CI."""
+
+import importlib
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812  # torch's own spelling
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
+
+BUILD = Path(__file__).parents[2] / "src" / "kernelswap" / "bundled" / "layers" / "build" / "torch-cuda"
+TOLERANCES = {torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.float32: 1e-5}
+DTYPES = list(TOLERANCES)
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    package = types.ModuleType("layers_cuda_under_test")
+    package.__path__ = [str(BUILD)]
+    sys.modules[package.__name__] = package
+    names = ("rms_norm", "glu", "rope", "cross_entropy", "layers")
+    yield types.SimpleNamespace(**{n: importlib.import_module(f"{package.__name__}.{n}") for n in names})
+    for name in [m for m in sys.modules if m.startswith(package.__name__)]:
+        del sys.modules[name]
+
+
+def relative(got, want):
+    return float((got.double() - want.double()).norm() / want.double().norm())
+
+
+def both(f, g, inputs, dtype):
+    """Worst relative error of f's outputs and gradients against g's in float64; inputs must come out unwritten."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    kept = [x.detach().clone() for x in inputs]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    got, want = f(*leaves), g(*exact)
+    got, want = (got, want) if isinstance(got, tuple) else ((got,), (want,))
+    grads = [torch.randn_like(x) for x in got]
+    torch.autograd.backward(got, grads)
+    torch.autograd.backward(want, [x.double() for x in grads])
+    assert all(torch.equal(a, b) for a, b in zip(leaves, kept, strict=True)), "an input was written to"
+    pairs = [*zip(got, want, strict=True), *((a.grad, b.grad) for a, b in zip(leaves, exact, strict=True))]
+    return max(relative(a, b) for a, b in pairs)
+
+
+def rms(x, w, offset=0):
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * (w + offset)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("shape", [(1, 1, 1024), (3, 7, 1000), (2, 5, 16, 128), (1, 37, 4096), (2, 3, 8192)], ids=str)
+def test_rms_norm_and_its_gradients(kernels, dtype, shape, offset):
+    x, w = torch.randn(shape, device="cuda", dtype=dtype), torch.randn(shape[-1], device="cuda", dtype=dtype)
+    error = both(lambda x, w: kernels.rms_norm.rms_norm(x, w, 1e-6, offset), lambda x, w: rms(x, w, offset), (x, w), dtype)
+    assert error < TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("act", ["silu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("shape", [(1, 3072), (7, 1001), (33, 4096)], ids=str)
+def test_gated_activations_and_their_gradients(kernels, dtype, act, shape):
+    g, u = (torch.randn(shape, device="cuda", dtype=dtype) for _ in range(2))
+    f = kernels.glu
+    assert both(lambda g, u: f.act_mul(g, u, act), lambda g, u: f.formula(g, u, act), (g, u), dtype) < TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 16, 8, 128), (2, 17, 12, 4, 64), (2, 5, 5, 5, 96)], ids=str)
+def test_rotary_and_its_gradients(kernels, dtype, shape):
+    b, s, h, k, d = shape
+    q = torch.randn(b, s, h, d, device="cuda", dtype=dtype).transpose(1, 2)
+    kk = torch.randn(b, s, k, d, device="cuda", dtype=dtype).transpose(1, 2)
+    cos, sin = (torch.randn(b, s, d, device="cuda", dtype=dtype) for _ in range(2))
+    f = kernels.rope
+    error = both(lambda q, k: f.rope(q, k, cos, sin), lambda q, k: f.formula(q, k, cos.double(), sin.double()), (q, kk), dtype)
+    assert error < TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_norm_and_rotary_in_one_launch(kernels, dtype):
+    b, s, h, k, d = 2, 19, 16, 8, 128
+    q = torch.randn(b, s, h, d, device="cuda", dtype=dtype).transpose(1, 2)
+    kk = torch.randn(b, s, k, d, device="cuda", dtype=dtype).transpose(1, 2)
+    w, v = (torch.randn(d, device="cuda", dtype=dtype) for _ in range(2))
+    cos, sin = (torch.randn(b, s, d, device="cuda", dtype=dtype) for _ in range(2))
+    f = kernels.rope
+    error = both(
+        lambda q, k, w, v: f.norm_rope(q, k, w, v, cos, sin, 1e-6),
+        lambda q, k, w, v: f.formula(rms(q, w), rms(k, v), cos.double(), sin.double()),
+        (q, kk, w, v),
+        dtype,
+    )
+    assert error < 1.3 * TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("vocab", [1000, 32001, 151936])
+def test_cross_entropy_and_its_gradient(kernels, dtype, vocab):
+    z = (torch.randn(37, vocab, device="cuda") * 3).to(dtype)
+    target = torch.randint(0, vocab, (37,), device="cuda")
+    target[[3, 11]] = -100
+    error = both(lambda z: kernels.cross_entropy.cross_entropy(z, target), lambda z: F.cross_entropy(z, target), (z,), dtype)
+    assert error < TOLERANCES[dtype]
+
+
+def test_the_head_and_its_loss_never_hold_all_logits(kernels):
+    rows, hidden, vocab = 2048, 256, 32000
+    x = torch.randn(rows, hidden, device="cuda", dtype=torch.bfloat16)
+    w = torch.randn(vocab, hidden, device="cuda", dtype=torch.bfloat16) * 0.05
+    target = torch.randint(0, vocab, (rows,), device="cuda")
+    workspace = vocab * 2 * 256
+    f = kernels.cross_entropy.linear_cross_entropy
+    error = both(
+        lambda x, w: f(x, w, target, workspace=workspace), lambda x, w: F.cross_entropy(x @ w.t(), target), (x, w), x.dtype
+    )
+    assert error < TOLERANCES[x.dtype]
+    leaves = [t.detach().requires_grad_() for t in (x, w)]
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    f(*leaves, target, workspace=workspace)
+    beyond = torch.cuda.max_memory_allocated() - before - (x.numel() + w.numel()) * 2
+    assert beyond < 2 * workspace
+
+
+def test_what_the_kernels_do_not_take_goes_through_the_formula(kernels):
+    empty = torch.empty(0, 64, device="cuda", dtype=torch.bfloat16)
+    assert kernels.rms_norm.rms_norm(empty, torch.ones(64, device="cuda", dtype=torch.bfloat16), 1e-6).shape == (0, 64)
+    strided = torch.randn(64, 128, device="cuda").t()
+    want = rms(strided.double(), torch.ones(64, device="cuda").double())
+    assert relative(kernels.rms_norm.rms_norm(strided, torch.ones(64, device="cuda"), 1e-6), want) < 1e-5
+
+
+def test_compiled_and_eager_agree_in_one_graph(kernels):
+    x, w = torch.randn(8, 256, device="cuda"), torch.randn(256, device="cuda")
+    compiled = torch.compile(lambda x: kernels.rms_norm.rms_norm(x, w, 1e-6), fullgraph=True)
+    assert relative(compiled(x), kernels.rms_norm.rms_norm(x, w, 1e-6)) < 1e-5
