@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ..types import Mode
 from . import ab, kinds, state
 
 if TYPE_CHECKING:
@@ -180,7 +181,8 @@ class _Job:
         """The ordinary path; then one real run, whose tensors every kernel is checked on."""
         with self.clock("swap"):
             self.progress("finding, verifying and proving kernels", 0, 0)
-            self.applied = self.swapping(self.subject.model, build="wait", progress=self.progress, **options)
+            # the model only infers here: proving backward passes, too, would take longer than all that follows
+            self.applied = self.swapping(self.subject.model, mode=Mode.INFERENCE, build="wait", progress=self.progress, **options)
             self.subject.generate(self.new_tokens)
             self.subject.forward()
             self.progress("finding, verifying and proving kernels", 1, 1)
