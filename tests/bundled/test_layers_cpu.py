@@ -427,8 +427,9 @@ def test_compiled_in_one_graph_forward_and_backward(kernel, index):
             torch.testing.assert_close(mine, eager, rtol=1e-4, atol=1e-4)
 
 
-def test_small_and_large_gelu_are_one_function(kernel):
-    """Sizes are served by different code; the border must not show."""
-    x = randn(kernel.functional._GELU_SMALL + 1)
-    above, below = kernel.functional.act(x, "gelu"), kernel.functional.act(x[:-1].clone(), "gelu")
-    torch.testing.assert_close(above[:-1], below, rtol=1e-6, atol=1e-6)
+@pytest.mark.parametrize(("layer", "original", "border"), [("SiLU", nn.SiLU(), "MIN_SILU"), ("GELU", nn.GELU(), "GELU_SMALL")])
+def test_the_border_between_kernel_and_operator_does_not_show(kernel, layer, original, border):
+    at = getattr(kernel.functional, border)
+    x = randn(at + 1)
+    module = swapped(original, getattr(kernel.layers, layer))
+    torch.testing.assert_close(module(x)[: at - 1], module(x[: at - 1]), rtol=1e-6, atol=1e-6)

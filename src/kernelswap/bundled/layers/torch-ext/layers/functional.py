@@ -28,9 +28,9 @@ _ACT = {name: number for number, name in enumerate(reference.ACTS)}
 _FORMULAS = tuple(reference.ACTS.values())
 
 # Numbers of elements from which a kernel wins over torch's operators, from benchmarks/LOG.md. RMSNorm and rotary win at one row.
-_MIN_RECORDED = 16384  # recording a Python function for autograd costs 10 us more than recording an operator
-_MIN_ACT = {"silu": 4096, "gelu_tanh": 1024}
-_GELU_SMALL, _GELU_LARGE = 32768, 32 << 20  # elements, bytes
+MIN_RECORDED, MIN_RECORDED_LONE = 16384, 65536  # a Python function costs autograd 10 us more than an operator; lone: one operator
+MIN_SILU, MIN_GELU_TANH = 4096, 1024
+GELU_SMALL, GELU_LARGE = 16384, 16 << 20  # erf-GELU: oneDNN is as fast between, starts slowly, and large results are fresh memory
 
 _recording = torch.is_grad_enabled
 _transformed = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)  # noqa: SLF001  # torch.func has no public word for it
@@ -57,7 +57,7 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     if w.dtype is not dtype or b.dtype is not dtype or not _served(x):
         return reference.layer_norm(x, weight, bias, eps)
     if _recording() and (x.requires_grad or w.requires_grad or b.requires_grad):
-        if x.numel() < _MIN_RECORDED:
+        if x.numel() < MIN_RECORDED_LONE:
             return reference.layer_norm(x, weight, bias, eps)
         return _LayerNorm.apply(x, w, b, eps)
     return _layer_norm(x, w, b, eps)
@@ -67,10 +67,12 @@ def act(x: Tensor, act: str) -> Tensor:
     """`act(x)`, act one of `silu gelu gelu_tanh gelu_quick`. Shapes: x and the result (...)."""
     if not _served(x):
         return reference.ACTS[act](x)
-    recorded = _recording() and x.requires_grad
-    if not _worth(x, act, recorded):
-        return reference.ACTS[act](x)
-    return _Act.apply(x, _ACT[act]) if recorded else _act(x, _ACT[act])
+    if _recording() and x.requires_grad:
+        n = x.numel()
+        if n < (MIN_RECORDED_LONE if act == "silu" else MIN_RECORDED) or (act == "gelu" and n > GELU_SMALL):
+            return reference.ACTS[act](x)
+        return _Act.apply(x, _ACT[act])
+    return _act(x, _ACT[act])
 
 
 def act_mul(gate: Tensor, up: Tensor, act: str) -> Tensor:
@@ -81,7 +83,7 @@ def act_mul(gate: Tensor, up: Tensor, act: str) -> Tensor:
     if gate.dtype is not up.dtype or not _served(gate):
         return reference.act_mul(gate, up, act)
     if _recording() and (gate.requires_grad or up.requires_grad):
-        if gate.numel() < _MIN_RECORDED:
+        if gate.numel() < MIN_RECORDED:
             return reference.act_mul(gate, up, act)
         return _ActMul.apply(gate, up, _ACT[act])
     return _act_mul(gate, up, _ACT[act])
@@ -106,14 +108,6 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 
 
 def _served(x: Tensor) -> bool:
     return x.dtype in _DTYPES and x.is_cpu and not _transformed()
-
-
-def _worth(x: Tensor, act: str, recorded: bool) -> bool:
-    """Whether the kernel of a lone activation beats torch's own operator, where there is one: it has less to save than a norm."""
-    n = x.numel()
-    if act == "gelu":  # oneDNN is faster in the middle; it has a slow start, and large results are fresh memory (advise_huge)
-        return n <= _GELU_SMALL or (not recorded and n * x.element_size() >= _GELU_LARGE)
-    return n >= (_MIN_RECORDED if recorded else _MIN_ACT.get(act, 0)) or act == "gelu_quick"
 
 
 # -- gradients ----------------------------------------------------------------------------------------------------

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .functional import act, act_mul, layer_norm, rms_norm, rotary
+from .functional import (
+    GELU_LARGE,
+    GELU_SMALL,
+    MIN_GELU_TANH,
+    MIN_SILU,
+    act,
+    act_mul,
+    layer_norm,
+    rms_norm,
+    rotary,
+)
 
 
 class RMSNorm(nn.Module):
@@ -86,7 +96,7 @@ class SiLU(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # the name of the original's parameter
         """`input` (...) -> (...)."""
-        return act(input, "silu")
+        return act(input, "silu") if input.numel() >= MIN_SILU else nn.functional.silu(input)
 
 
 class GELU(nn.Module):
@@ -97,6 +107,8 @@ class GELU(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # the name of the original's parameter
         """`input` (...) -> (...)."""
+        if GELU_SMALL < input.numel() < GELU_LARGE:
+            return nn.functional.gelu(input)
         return act(input, "gelu")
 
 
@@ -108,7 +120,7 @@ class GELUTanh(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # the name of the original's parameter
         """`input` (...) -> (...)."""
-        return act(input, "gelu_tanh")
+        return act(input, "gelu_tanh") if input.numel() >= MIN_GELU_TANH else nn.functional.gelu(input, approximate="tanh")
 
 
 class NewGELU(nn.Module):
