@@ -156,17 +156,23 @@ def outcomes(rows: Iterable[Outcome], *, long: bool = False, calls: Mapping[str,
         return "no sites"
     if long:
         return "\n".join(_block(row, calls) for row in rows)
+    table = [("count", "layer", "original", "served by", "why"), *outcome_groups(rows, calls=calls)]
+    swapped = sum(isinstance(row, Swap) for row in rows)
+    return "\n".join([*_table(table), f"{swapped} of {len(rows)} swapped"])
+
+
+def outcome_groups(rows: Iterable[Outcome], *, calls: Mapping[str, int] | None = None) -> list[tuple[str, str, str, str, str]]:
+    """Count, layer, original, what serves it and why: one for each group of sites of which the same was found."""
     groups: dict[tuple[str, str, str, str], list[Outcome]] = {}
     for row in rows:
         groups.setdefault(_group(row), []).append(row)
-    table = [("count", "layer", "original", "served by", "why")]
+    found = []
     for (layer, target, by, why), members in groups.items():
         more = [_worst(members)] if isinstance(members[0], Swap) else []
         if calls is not None and isinstance(members[0], Swap):
             more.append(f"{sum(calls.get(m.site.path, 0) for m in members)} calls")
-        table.append((str(len(members)), layer, target, by, "; ".join(filter(None, (why, *more)))))
-    swapped = sum(isinstance(row, Swap) for row in rows)
-    return "\n".join([*_table(table), f"{swapped} of {len(rows)} swapped"])
+        found.append((str(len(members)), layer, target, by, "; ".join(filter(None, (why, *more)))))
+    return found
 
 
 def outcomes_json(rows: Iterable[Outcome], *, calls: Mapping[str, int] | None = None) -> list[dict[str, Any]]:
