@@ -311,7 +311,9 @@ def _allowed(uses: Sequence[Use], run: Run) -> tuple[list[Use], list[_Passed]]:
 def _original(site: Site, module: nn.Module) -> Callable[..., Any]:
     """What the kernel would replace: the forward of the module's own class, unbound, or the function."""
     if site.kind == "function":
-        return function_slot.original(module, site.name)
+        found = function_slot.original(module, site.name)
+        # A function that is decorated for kernels has become a module, and only its forward has the function's signature.
+        return cast(Callable[..., Any], getattr(found, "forward", found))
     return cast(Callable[..., Any], sites.original(module).forward)
 
 
