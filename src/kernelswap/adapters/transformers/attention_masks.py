@@ -76,7 +76,7 @@ def _one_token(  # what the mask of one token depends on
     static = isinstance(offset, torch.Tensor)
     if static and function is _masking().causal_mask_function and kv_offset == 0 and offset.ndim == 0:
         plain = mask is None or (mask.shape[-1] <= keys and bool(_prefix(torch, mask, offset)))
-        return (offset + 1).to(torch.int32).expand(batch).reshape(batch, 1, 1, 1) if plain else False
+        return (offset + 1).to(torch.int32).expand(batch).contiguous().view(batch, 1, 1, 1) if plain else False
     if not static and local_size is not None and keys <= local_size and _slides(function):
         return None if mask is None or bool(mask[:, -keys:].all()) else False
     return False
