@@ -5,15 +5,16 @@
 // input whose rows are not evenly spaced is copied first.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
-#if TORCH_FEATURE_VERSION >= TORCH_VERSION_2_10_0
+#if __has_include(<torch/csrc/stable/c/shim.h>)
 #include <torch/csrc/stable/c/shim.h>
+#define KS_TORCH_THREADS  // torch 2.10: torch's parallel_for as a C function
 #endif
 
 #include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <stdexcept>
-#include <string>
+#include <utility>
 #include <vector>
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -164,12 +165,12 @@ void parallel(int64_t items, int64_t elements_per_item, const F& f) {
   if (items == 0) return;
   if (items * elements_per_item <= kGrain) return f(int64_t(0), items);
   int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, elements_per_item));
-#if TORCH_FEATURE_VERSION >= TORCH_VERSION_2_10_0
+#if defined(KS_TORCH_THREADS)
   check(torch_parallel_for(
       0, items, grain, [](int64_t a, int64_t b, void* f) { (*static_cast<const F*>(f))(a, b); }, const_cast<F*>(&f)));
 #else
   int64_t tasks = (items + grain - 1) / grain;
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static)  // the symbols are those of the OpenMP runtime that torch loaded
   for (int64_t t = 0; t < tasks; t++) f(t * grain, std::min(items, (t + 1) * grain));
 #endif
 }
@@ -177,7 +178,7 @@ void parallel(int64_t items, int64_t elements_per_item, const F& f) {
 // The number of pieces that weight gradients are summed in: enough for the threads, few enough to add up cheaply.
 int64_t pieces(int64_t rows, int64_t n) {
   uint32_t threads = 1;
-#if TORCH_FEATURE_VERSION >= TORCH_VERSION_2_10_0
+#if defined(KS_TORCH_THREADS)
   check(torch_get_num_threads(&threads));
 #else
   threads = 8;

@@ -26,6 +26,8 @@ class RMSNorm(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """hidden_states (..., N) -> (..., N)."""
         eps = self.variance_epsilon if hasattr(self, "variance_epsilon") else self.eps
+        if eps is None:  # torch.nn.RMSNorm's default: an epsilon of the dtype's
+            return nn.functional.rms_norm(hidden_states, hidden_states.shape[-1:], self.weight)
         return rms_norm(hidden_states, self.weight, eps)
 
 
