@@ -53,3 +53,15 @@ def qwen(published, installed):
 def said(caplog):
     """Everything that was said to the user so far, line by line."""
     return lambda: [r.getMessage() for r in caplog.records if r.name.startswith("kernelswap")]
+
+
+@pytest.fixture
+def kernels(as_default_hub, installed, tmp_path):
+    """kernelswap over Transformers, attention kernels of every shape on the hub, and the bundled one; gives the Swapper."""
+    import shutil
+
+    from tests.adapters import attention_world
+
+    attention_world.publish(as_default_hub)
+    shutil.copytree(attention_world.BUNDLED, tmp_path / "bundled" / "attention" / "build" / "torch-universal")
+    return installed

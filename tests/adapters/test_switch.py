@@ -169,7 +169,7 @@ def test_get_kernel_and_lazy_loading_go_through_us(installed, published):
     published.repo("kernels-community/finegrained-fp8").branch(
         f"v{version}", world.kernel("fp8", f"VALUE = {version}", version=version)
     )
-    assert module.lazy_load_kernel("finegrained-fp8", {}).layers.VALUE == version
+    assert version == module.lazy_load_kernel("finegrained-fp8", {}).layers.VALUE
     assert module.lazy_load_kernel("deep-gemm", {}) is None  # not published here; no package of that name either
 
 

@@ -111,10 +111,13 @@ def publish(hub):
     hub.repo("kernels-community/liger_kernels").branch("v1", kernel("liger", LIGER))
     hub.repo("stranger/norms").branch("v1", kernel("norms", LIGER))
     flash = hub.repo("kernels-community/flash-attn2")
-    flash.branch("v2", kernel_files("torch-cpu", FLASH, name="flash_attn2", version=2))
-    flash.tag("v2.1.0", "v2")
-    flash.branch("v3", kernel_files("torch-cpu", FLASH, name="flash_attn2", version=3))
-    flash.branch("v4", kernel_files("torch-cpu", FLASH, name="flash_attn2", version=4))
+    for tag in ("2.0.0", "2.1.0", "2.2.0", "3.0.0", "4.0.0"):
+        version = int(tag[0])
+        files = kernel_files(
+            "torch-cpu", f"{FLASH}\nVERSION = {tag!r}\n", name="flash-attn2", version=version, unique=f"f{version}"
+        )
+        flash.branch(f"v{version}", files)
+        flash.tag(f"v{tag}", f"v{version}")
     return hub
 
 

@@ -21,8 +21,9 @@ from .config import KernelConfig
 from .patches import Patches
 from .switch import Switch, log
 
-MODELING, HUB_KERNELS, CONFIG = (
+MODELING, AUTO, HUB_KERNELS, CONFIG = (
     "transformers.modeling_utils",
+    "transformers.models.auto.auto_factory",
     "transformers.integrations.hub_kernels",
     "transformers.utils.kernel_config",
 )
@@ -34,6 +35,8 @@ TOUCHED: tuple[tuple[str, str, str], ...] = (
     (MODELING, "PreTrainedModel.use_kernels", "says whether they are on; False switches them off"),
     (MODELING, "PreTrainedModel.train", "does not decide anew: slots follow the mode by themselves"),
     (MODELING, "PreTrainedModel.kernelize", "a method again, where a release has none"),
+    (AUTO, "_BaseAutoModelClass.from_pretrained", "sees attn_implementation before it goes into a configuration; private"),
+    (AUTO, "_BaseAutoModelClass.from_config", "the same"),
     (CONFIG, "KernelConfig", "is ours"),
     (HUB_KERNELS, "kernelize", "is ours"),
     (HUB_KERNELS, "get_kernel", "loads through us"),
@@ -51,7 +54,8 @@ class Seams:
     def __init__(self, switch: Switch) -> None:
         self.switch = switch
         self.patches = Patches()
-        self._arrivals = Arrivals({MODELING: self._modeling, HUB_KERNELS: self._hub_kernels, CONFIG: self._config})
+        arrivals = {MODELING: self._modeling, AUTO: self._auto, HUB_KERNELS: self._hub_kernels, CONFIG: self._config}
+        self._arrivals = Arrivals(arrivals)
         self._lock = threading.RLock()
         self._attention: Any = None
 
@@ -101,8 +105,7 @@ class Seams:
             config = KernelConfig.of(config) if config is not None else None
             use = bool(kwargs.get("use_kernels")) or config is not None
             trust = bool(kwargs.get("allow_all_kernels"))
-            if kwargs.get("attn_implementation") is not None and self._attention is not None:
-                kwargs["attn_implementation"] = self._attention.prepare(kwargs["attn_implementation"], trust=trust)
+            self._prepare(kwargs, trust=trust)
             before: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
             if fresh:
                 kwargs.pop("use_kernels", None)
@@ -121,6 +124,29 @@ class Seams:
             return loaded
 
         return load
+
+    def _auto(self, module: ModuleType) -> None:
+        cls = getattr(module, "_BaseAutoModelClass", None)
+        for name in ("from_pretrained", "from_config") if cls is not None else ():
+            found = vars(cls).get(name)
+            if isinstance(found, classmethod):
+                self.patches.put(cls, name, classmethod(self._auto_loader(found.__func__)))
+
+    def _auto_loader(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def load(cls: Any, *args: Any, **kwargs: Any) -> Any:
+            self._prepare(kwargs, trust=bool(kwargs.get("allow_all_kernels")))
+            return original(cls, *args, **kwargs)
+
+        return load
+
+    def _prepare(self, kwargs: dict[str, Any], *, trust: bool) -> None:
+        """Load the attention kernels that a call names, and hand Transformers what it understands."""
+        if kwargs.get("attn_implementation") is None or self._attention is None:
+            return
+        found = self._attention.prepare(kwargs.pop("attn_implementation"), trust=trust)
+        if found is not None:
+            kwargs["attn_implementation"] = found
 
     def _hub_kernels(self, module: ModuleType) -> None:
         switch = self.switch
