@@ -300,10 +300,11 @@ def _agree(a: torch.Tensor, b: torch.Tensor) -> int:
 
 
 def _unclaimed(model: nn.Module, found: tuple[kinds.Kind, ...]) -> tuple[tuple[str, int], ...]:
-    """Leaf classes that hold parameters or compute, and are no site."""
+    """Classes that are no site: of leaves, and of attention, which computes between its leaves."""
     claimed = {site.path for kind in found for site in kind.sites if site.kind == "module"}
     counted: dict[str, int] = {}
     for path, module in model.named_modules():
-        if path not in claimed and not any(True for _ in module.children()):
-            counted[type(module).__name__] = counted.get(type(module).__name__, 0) + 1
+        name = type(module).__name__
+        if path not in claimed and (name.endswith("Attention") or not any(True for _ in module.children())):
+            counted[name] = counted.get(name, 0) + 1
     return tuple(sorted(counted.items()))

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from .ab import Pair
     from .job import Report
+    from .kinds import Measured
 
 COLOURS = {"prefill": "#0b6e99", "forward": "#0b6e99", "decode": "#d1603d"}
 SUFFIXES = (".png", ".svg", ".html")
@@ -74,14 +75,17 @@ def _rows(report: Report) -> list[Row]:
     rows: list[Row] = []
     for row in report.rows:
         if row.pairs:
-            layer, _, width = row.kind.key
-            name = f"{' '.join(filter(None, (layer, width)))} x{len(row.kind.sites)}" + (
-                "" if row.kind.swapped else "\n(original stays)"
-            )
+            name = _name(row)
             rows.append((name, dict(row.pairs), row.error("original"), row.error("kernel"), row.kind.swapped))
     if report.whole:
         rows.append(("whole model", dict(report.whole), report.error_original, report.error_kernel, True))
     return rows
+
+
+def _name(row: Measured) -> str:
+    layer, _, width = row.kind.key
+    stays = "" if row.kind.swapped else "\n(original stays)"
+    return f"{' '.join(filter(None, (layer, width)))} x{len(row.kind.sites)}{stays}"
 
 
 def _title(report: Report) -> str:
@@ -155,8 +159,10 @@ def page(report: Report, svg: str) -> str:
     head = "".join(f"<th colspan=3>{e(p)}, ms" for p in phases)
     under = "<tr><th>site<th>original<th>kernel" + "<th>original<th>kernel<th>faster" * len(phases)
     body = []
+    served = {_name(row): row.kind.serves or f"the original: {row.loses}" for row in report.rows if row.pairs}
     for name, pairs, a, b, _ in _rows(report):
-        cells = [f"<td>{e(name)}", f"<td>{_number(a)}", f"<td>{_number(b)}"]
+        by = f"<br><small>{e(served.get(name, f'{report.swapped} of {report.sites} sites swapped'))}</small>"
+        cells = [f"<td>{e(name.partition(chr(10))[0])}{by}", f"<td>{_number(a)}", f"<td>{_number(b)}"]
         for phase in phases:
             p = pairs.get(phase)
             cells.append(
@@ -169,11 +175,15 @@ def page(report: Report, svg: str) -> str:
         if not r.pairs
     ]
     kept += [f"<tr><td>{e(name)} x{count}<td class=why>no row of the table names it" for name, count in report.unclaimed]
+    memory = ""
+    if report.memory_original is not None and report.memory_kernel is not None:
+        both = f"{report.memory_original / 2**20:.0f} MiB without kernels, {report.memory_kernel / 2**20:.0f} MiB with them"
+        memory = f"Peak memory of a forward, beyond the weights: {both}. "
     undone = "The swap was undone; outputs, classes, __dict__ and hooks are as before." if report.undone else "NOT as it was."
     return (
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
         f"<title>kernelswap: {e(report.model)}</title><style>{_STYLE}</style>"
-        f"<h1>{e(_title(report))}</h1><p>{report.tokens} tokens, {report.threads} threads. {undone}</p><figure>{svg}</figure>"
+        f"<h1>{e(_title(report))}</h1><p>{report.tokens} tokens, {report.threads} threads. {memory}{undone}</p><figure>{svg}</figure>"
         f"<div class=wide><table><tr><th><th colspan=2>error{head}{under}{''.join(body)}</table></div>"
         f"<div class=wide><table><tr><th>stays as it was<th style='text-align:left'>why{''.join(kept)}</table></div></html>\n"
     )

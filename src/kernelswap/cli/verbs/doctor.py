@@ -71,18 +71,20 @@ def _look(seconds: float, cache: Any, *, offline: bool) -> dict[str, Any]:
         ),
     }
     plain = {name: [dataclasses.asdict(line) for line in lines] for name, lines in sections.items()}
-    return {"machine": render.machine_json(here), "machine_text": render.machine(here), **plain}
+    return {"machine": render.machine_json(here), **plain}
 
 
 def _show(found: dict[str, Any], out: Console) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from .. import views
+
     def heading(text: str) -> None:
         out.print(Text(text, style="bold"))
 
     heading("machine")
-    out.print(found["machine_text"], markup=False, soft_wrap=True)
+    views.machine(found["machine"], out)
     for name in ("versions", "tools", "environment", "kernels"):
         if not found[name]:
             continue

@@ -58,7 +58,14 @@ def command(
     data = {"model": model, "sites": render.outcomes_json(outcomes), "swapped": swapped}
 
     def text(out: Console) -> None:
-        out.print(render.outcomes(outcomes, long=everything), markup=False, soft_wrap=True)
+        if everything:
+            out.print(render.outcomes(outcomes, long=True), markup=False, soft_wrap=True)
+            return
+        from ..views import outcomes as show
+
+        if outcomes:
+            show(outcomes, out)
+        out.print(f"{swapped} of {len(outcomes)} sites would be swapped")
 
     return Answer(data, text, exits.OK if swapped else exits.NO)
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .. import exits, session
-from ..output import Answer, plain
+from ..output import Answer
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 PANEL = "Kernels"
 
@@ -26,4 +29,10 @@ def command(
 
     resolution = session.swapper(cache=cache, offline=offline, machine=machine).find(spec)
     code = exits.OK if resolution.chosen is not None else exits.NO
-    return Answer(render.resolution_json(resolution), plain(render.resolution(resolution)), code)
+
+    def text(out: Console) -> None:
+        from ..views import resolution as show
+
+        show(resolution, out)
+
+    return Answer(render.resolution_json(resolution), text, code)
