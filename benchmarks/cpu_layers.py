@@ -156,6 +156,15 @@ def row(case, rows, n, dtype, training, rounds, budget):
     }
 
 
+def cpu():
+    """The processor's name, where the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer rounds")
@@ -167,6 +176,7 @@ def main():
     parser.add_argument("--output", type=Path, default=HERE / "results" / "cpu_layers.json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
     rounds, budget = (9, 0.01) if args.quick else (25, 0.03)
     shapes = [tuple(map(int, s.split("x"))) for s in args.shapes.split(",")] if args.shapes else SHAPES
     wanted = tuple(args.only.split(","))
@@ -176,13 +186,18 @@ def main():
         kernel = load(args.built or Path(fresh))
         compiled = time.perf_counter() - start
         print(f"torch {torch.__version__}, {args.threads} threads, compiled and imported in {compiled:.1f} s")
-        print(f"{'op':22} {'rows':>5} {'n':>5} {'dtype':9} {'eager us':>10} {'ours us':>10} {'copy us':>10} {'eager/ours':>10} {'p10':>6} {'of copy':>7}")
+        print(
+            f"{'op':22} {'rows':>5} {'n':>5} {'dtype':9} {'eager us':>10} {'ours us':>10} {'copy us':>10} {'eager/ours':>10} {'p10':>6} {'of copy':>7}"
+        )
         for dtype in (torch.float32, torch.bfloat16):
             for rows, n in shapes:
                 for case in cases(kernel, rows, n, dtype):
                     if not case[0].startswith(wanted):
                         continue
-                    r = row(case, rows, n, dtype, args.training, rounds, budget)
+                    r = {
+                        k: round(v, 3) if isinstance(v, float) else v
+                        for k, v in row(case, rows, n, dtype, args.training, rounds, budget).items()
+                    }
                     found.append(r)
                     print(
                         f"{r['op']:22} {rows:5} {n:5} {r['dtype']:9} {r['eager_us']:10.1f} {r['ours_us']:10.1f} {r['floor_us']:10.1f} "
@@ -190,7 +205,7 @@ def main():
                         flush=True,
                     )
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    facts = {"torch": torch.__version__, "threads": args.threads, "cpu": platform.processor() or platform.machine(), "compile_s": compiled}
+    facts = {"torch": torch.__version__, "threads": args.threads, "cpu": cpu(), "compile_s": round(compiled, 1), "rounds": rounds}
     args.output.write_text(json.dumps({"machine": facts, "rows": found}, indent=1))
 
 
