@@ -8,11 +8,23 @@ from kernelswap.sources.overrides import Overrides
 from kernelswap.types import Requirement
 
 
+class KnowsNothing:
+    """Whatever reaches it was not overridden."""
+
+    def find(self, requirement):
+        raise UnknownKernel("not here", asked=f"looking for {requirement}", todo="nothing")
+
+    def read(self, candidate, name):
+        raise AssertionError(candidate)
+
+    fetch = read
+
+
 class TestOverridden(SourceContract):
     @pytest.fixture
     def subject(self, make_repo, tmp_path):
         root = make_repo("mine", {"torch-cpu": "mine = 1"})
-        source = Overrides(DirectorySource(), {"org/demo": root})
+        source = Overrides(KnowsNothing(), {"org/demo": root})
         files = {p.removeprefix("build/torch-cpu/"): d for p, d in kernel_files("torch-cpu", "mine = 1", name="mine").items()}
         return Subject(source, Requirement("org/demo", version=3), {"torch-cpu": files}, Requirement(str(tmp_path / "no")))
 

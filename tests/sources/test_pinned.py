@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 from tests.contract.sources import SourceContract, Subject
 from tests.hub import kernel_files
@@ -85,3 +87,15 @@ def test_a_lax_lock_lets_the_rest_through_with_a_note(root):
     found, notes = source.find(Requirement(str(root)))
     assert len(found) == 1
     assert "is not in the lock" in notes[0]
+
+
+def test_a_locked_commit_that_redirects_is_not_the_locked_one(root):
+    """A commit names bytes; what a redirect leads to is other bytes, whoever publishes them."""
+
+    class Redirects(DirectorySource):
+        def find(self, requirement):
+            found, notes = DirectorySource().find(Requirement(str(root)))
+            return [replace(c, commit="local-" + "0" * 64) for c in found], notes
+
+    with pytest.raises(UnknownKernel, match="that commit redirects to"):
+        Pinned(Redirects(), locked(root)).find(Requirement(str(root), version=1))
