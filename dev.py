@@ -124,7 +124,8 @@ def demo(args: list[str]) -> int:
 
 def test(args: list[str]) -> int:
     """Linters, then tests; all of them run, the first failure is the exit status. Ends with pytest's closing line."""
-    codes = [call(PYTHON, "-m", "ruff", "check", "."), call(PYTHON, "-m", "mypy")]
+    codes = [call(PYTHON, "-m", "ruff", "check", "."), call(PYTHON, "-m", "ruff", "format", "--check", "-q", ".")]
+    codes.append(call(PYTHON, "-m", "mypy"))
     workers = [] if any(a.startswith("-n") for a in args) else ["-n", str(min(8, os.cpu_count() or 1)), "--dist", "loadfile"]
     codes.append(call(PYTHON, "-m", "pytest", "-q", *workers, *args))
     return next((c for c in codes if c), 0)
