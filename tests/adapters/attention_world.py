@@ -99,9 +99,9 @@ def publish(hub):
     hub.organization("stranger", trusted=False)
     flash = hub.repo("kernels-community/flash-attn2")
     for version in (2, 3, 4):
-        flash.branch(f"v{version}", files(FLASH, name="flash_attn2", version=version, unique=f"000000{version}"))
+        flash.branch(f"v{version}", files(FLASH, name="flash-attn2", version=version, unique=f"000000{version}"))
     flash.tag("v2.1.0", "v2")
-    flash.pull_request(1, files(FLASH, name="flash_attn2", version=4, unique="00000f1"))
+    flash.pull_request(1, files(FLASH, name="flash-attn2", version=4, unique="00000f1"))
     hub.repo("kernels-community/poor-flash").branch("v1", files(POOR, name="poor"))
     hub.repo("kernels-community/itself").branch("v1", files(ITSELF, name="itself"))
     hub.repo("kernels-community/named").branch("v1", files(NAMED, name="named"))
@@ -155,9 +155,10 @@ def pair(kind, attention, **more):
     eager = cls.from_config(copy.deepcopy(config), attn_implementation="eager").eval()
     with torch.no_grad():
         for name, p in eager.named_parameters():
-            p.normal_(0, 0.3 if "norm" not in name else 0.1)
+            p.copy_(torch.randn_like(p) * 0.3) if "norm" not in name.lower() else p.add_(torch.randn_like(p) * 0.1)
     model = cls.from_config(copy.deepcopy(config), attn_implementation=attention).eval()
     model.load_state_dict(eager.state_dict())
+    assert model.config._attn_implementation == attention
     return eager, model
 
 

@@ -64,7 +64,8 @@ def test_sequences_packed_into_one_row(kind, attention):
     told = {"cu_seq_lens_q": edges, "cu_seq_lens_k": edges, "max_length_q": 6, "max_length_k": 6}
     with torch.no_grad():
         wanted = torch.cat([out(eager, one) for one in ids.split(lengths, dim=1)], dim=1)
-        close(out(model, ids, position_ids=positions, use_cache=False), wanted)
+        if kind != "gpt_oss" or "flash" in attention:  # it tells its masks nothing of positions: eager mixes the sequences, too
+            close(out(model, ids, position_ids=positions, use_cache=False), wanted)
         close(out(model, ids, position_ids=positions, use_cache=False, **told), wanted)
 
 
