@@ -167,7 +167,7 @@ def test_disabling_a_layer(installed, tmp_path, expected):
 # -- the shell ------------------------------------------------------------------------------------------------------
 
 
-def shell(tmp_path, hub, hub_cache, before, code):
+def shell(tmp_path, hub, hub_cache, before, code, python=f"{sys.executable} -W ignore", **env):
     """`before` in a shell, then Python with `code`, as a user does it."""
     script = tmp_path / "script.py"
     script.write_text(code)
@@ -178,9 +178,10 @@ def shell(tmp_path, hub, hub_cache, before, code):
         "HF_HOME": str(tmp_path / "home"),
         "KERNELSWAP_CACHE": str(tmp_path / "cache"),
         "OMP_NUM_THREADS": "1",
+        **env,
     }
     done = subprocess.run(
-        ["/bin/sh", "-c", f"{before}\nexec {sys.executable} -W ignore {script}"],
+        ["/bin/sh", "-c", f"{before}\nexec {python} {script}"],
         capture_output=True,
         text=True,
         check=False,
@@ -209,10 +210,24 @@ def test_the_environment_variable_disables_kernels_globally(tmp_path, published,
     assert not published.requests("*kernels*")
 
 
-def test_the_first_snippet_of_a_script_of_its_own(tmp_path, published, hub_cache):
-    """`kernelswap.install()` above the guide's own text, kernels of the hub, nothing else prepared."""
-    code = "import kernelswap; kernelswap.install(build='never')\n" + find("KernelConfig").replace('"cuda"', '"cpu"')
-    code += "\nprint(sorted({o.site.layer for o in kernelswap.api.default().applied(model).outcomes if hasattr(o, 'inference')}))"
-    out, err = shell(tmp_path, published, hub_cache, ":", code)
+WAYS = {
+    "install": "import kernelswap; kernelswap.install()\n",
+    "import": "",
+    "run": "",
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_three_ways_to_switch_on_in_a_script_of_its_own(tmp_path, published, hub_cache, way):
+    """Nothing is prepared: kernels come from the hub, and there is no compiler for those that come with kernelswap."""
+    code = WAYS[way] + find("KernelConfig").replace('"cuda"', '"cpu"')
+    if way == "import":
+        code = code.replace("from transformers import", "from kernelswap.transformers import")
+    code += (
+        "\nimport kernelswap.api as api"
+        "\nprint(sorted({o.site.layer for o in api.default().applied(model).outcomes if hasattr(o, 'inference')}))"
+    )
+    python = f"{sys.executable} -W ignore -m kernelswap run" if way == "run" else f"{sys.executable} -W ignore"
+    out, err = shell(tmp_path, published, hub_cache, ":", code, python, CXX="/nonexistent/c++")
     assert out == "['RMSNorm']"
-    assert "kernelswap/layers is not compiled on this machine yet" in err
+    assert err.count("kernelswap/layers") == 1
