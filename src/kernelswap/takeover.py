@@ -47,7 +47,7 @@ def install(swapper: Swapper | None = None, *, build: str = "wait") -> None:
         _close.append(seams.close)
         try:
             seams.open()
-            _close.append(_serve_kernels())
+            _close.append(_serve_kernels(swapper))
         except BaseException:
             uninstall()
             raise
@@ -69,7 +69,7 @@ def installed() -> bool:
 # -- `from kernels import Mode` ---------------------------------------------------------------------------------------
 
 
-def _serve_kernels() -> Callable[[], object]:
+def _serve_kernels(swapper: Swapper | None) -> Callable[[], object]:
     """Serve the module `kernels`; gives what undoes that."""
     try:
         compat = importlib.import_module(".compat", __package__)
@@ -79,7 +79,7 @@ def _serve_kernels() -> Callable[[], object]:
         finder = _StandIn()
         sys.meta_path.append(finder)
         return finder.leave
-    compat.install()
+    compat.install(swapper)
     undo: Callable[[], object] = compat.uninstall
     return undo
 

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import pathlib
 import subprocess
 import sys
 
@@ -181,3 +182,11 @@ def test_the_mode_of_the_guide_can_be_imported_while_installed(monkeypatch):
     assert "kernels" not in sys.modules
     with pytest.raises(ModuleNotFoundError):
         importlib.import_module("kernels")
+
+
+def test_the_page_lists_what_is_touched():
+    from kernelswap.adapters.transformers import attention
+
+    page = (pathlib.Path(__file__).parents[2] / "docs" / "transformers.md").read_text(encoding="utf-8")
+    rows = [f"| `{module}` | `{name}` | {why} |" for module, name, why in (*seams.TOUCHED, *attention.TOUCHED)]
+    assert [row for row in rows if row not in page] == []
