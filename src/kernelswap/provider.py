@@ -139,15 +139,25 @@ class Provider:
         with self._lock:
             known = self._kernels.get((requirement, device))
             if known is None:
-                self._terms = terms or Terms()
-                try:
-                    artifact = self._artifact(self._node(requirement, _machine_for(self.machine, device), device))
-                finally:
-                    self._terms = Terms()
+                artifact = self.artifact(text, device=device, terms=terms)
                 known = loader.load(artifact, reverify=self.store.reverify)
                 if artifact.candidate.source in MEMOISED:
                     self._kernels[requirement, device] = known
             return known
+
+    def artifact(self, text: str, *, device: str | None = None, terms: Terms | None = None) -> Artifact:
+        """The kernel and what it depends on, fetched and verified; none of its code has run.
+
+        Raises:
+            As `kernel`, except for what an import may raise.
+        """
+        requirement = replace(spec.parse(text), layer=None, text=None)
+        with self._lock:
+            self._terms = terms or Terms()
+            try:
+                return self._artifact(self._node(requirement, _machine_for(self.machine, device), device))
+            finally:
+                self._terms = Terms()
 
     def load(self, text: str, *, device: str | None = None, trust: bool | Sequence[str] = False) -> ModuleType:
         """The module of `kernel`. A layer that the text names must be there, and changes nothing else. `trust`: see `Terms`.
