@@ -19,8 +19,9 @@ from . import build as building
 from . import layers, loader, render, spec
 from . import machine as machines
 from . import metadata as metadata_file
+from .audit import Audit
 from .background import Background
-from .errors import BuildFailed, NoVariant, SpecError, UnknownKernel
+from .errors import BuildFailed, KernelSwapError, NoVariant, SpecError, UnknownKernel
 from .resolve import resolve
 from .sources.bundled import BundledSource
 from .sources.dependencies import Node, tree
@@ -97,6 +98,7 @@ class Provider:
         self.sources = dict(_sources(environment, self._tell) if sources is None else sources)
         self.verifiers = tuple(_verifiers(environment, self.sources.get("hub")) if verifiers is None else verifiers)
         self.store = store or Store(environment.cache)
+        self.audit = Audit(self.store.cache / "audit.jsonl")
         self._machine = machine
         self._lock = threading.RLock()
         self._background = Background()
@@ -140,7 +142,7 @@ class Provider:
             known = self._kernels.get((requirement, device))
             if known is None:
                 artifact = self.artifact(text, device=device, terms=terms)
-                known = loader.load(artifact, reverify=self.store.reverify)
+                known = self._import(artifact)
                 if artifact.candidate.source in MEMOISED:
                     self._kernels[requirement, device] = known
             return known
@@ -251,6 +253,15 @@ class Provider:
         trust = self._terms.trust
         verifiers = [replace(v, trust=trust) if trust and isinstance(v, PublisherVerifier) else v for v in self.verifiers]
         return self.store.materialize(chosen, metadata, source, verifiers, below)
+
+    def _import(self, artifact: Artifact) -> Kernel:
+        """On record before its code runs."""
+        self.audit.loading(artifact)
+        try:
+            return loader.load(artifact, reverify=self.store.reverify)
+        except KernelSwapError as e:
+            self.audit.failed(artifact, e.reason)
+            raise
 
     # -- compiling what came with us
 
