@@ -264,6 +264,7 @@ def test_a_request_for_weights_is_answered_once(said):
     assert len([line for line in said() if "gives no attention weights" in line]) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["kernelswap/attention", FLASH])
 def test_continuous_batching(kernels, text, caplog):
     from transformers import GenerationConfig

@@ -4,7 +4,10 @@ import pytest
 import torch
 from tests.bundled.test_attention import kernel  # noqa: F401  # a fixture
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available() or torch.version.hip is not None, reason="needs a CUDA GPU")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available() or torch.version.hip is not None, reason="needs a CUDA GPU"),
+]
 TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 2.5e-2, torch.float32: 2e-3}
 OPTIONS = {
     "full": {},
