@@ -126,8 +126,11 @@ def test(args: list[str]) -> int:
     """Linters, then tests; all of them run, the first failure is the exit status. Ends with pytest's closing line."""
     codes = [call(PYTHON, "-m", "ruff", "check", "."), call(PYTHON, "-m", "ruff", "format", "--check", "-q", ".")]
     codes.append(call(PYTHON, "-m", "mypy"))
-    workers = [] if any(a.startswith("-n") for a in args) else ["-n", str(min(8, os.cpu_count() or 1)), "--dist", "loadfile"]
-    codes.append(call(PYTHON, "-m", "pytest", "-q", *workers, *args))
+    cores = os.cpu_count() or 1
+    workers = [] if any(a.startswith("-n") for a in args) else ["-n", str(min(8, cores)), "--dist", "loadfile"]
+    # a worker per core: torch's own threads on top of that would only wait for each other
+    alone = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")} if workers else None
+    codes.append(call(PYTHON, "-m", "pytest", "-q", *workers, *args, env=alone))
     return next((c for c in codes if c), 0)
 
 
