@@ -226,7 +226,15 @@ def test_a_cache_may_have_rows_of_its_own_left_padding_and_rotation(kernel):
 def test_nothing_in_is_nothing_out(kernel, shape):
     batch, queries, keys = shape
     q, k, v = torch.randn(batch, queries, 4, 8), torch.randn(batch, keys, 2, 8), torch.randn(batch, keys, 2, 8)
-    assert kernel.flash_attn_func(q, k, v, causal=True).shape == (batch, queries, 4, 8)
+    for more in ({}, {"softcap": 1.0}, {"s_aux": torch.zeros(4)}):
+        found = kernel.flash_attn_func(q, k, v, causal=True, **more)
+        assert found.shape == (batch, queries, 4, 8)
+
+
+def test_a_query_without_keys_gives_zeros(kernel):
+    q, k = torch.randn(1, 2, 4, 8), torch.randn(1, 0, 2, 8)
+    for more in ({}, {"softcap": 1.0}, {"s_aux": torch.zeros(4)}):
+        assert torch.equal(kernel.flash_attn_func(q, k, k, causal=True, **more), torch.zeros(1, 2, 4, 8))
 
 
 def test_inputs_are_read_only_and_may_have_any_strides(kernel):

@@ -279,7 +279,7 @@ def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
     batch, heads, queries, dim = q.shape
     if q.device.type == "cpu" and q.dtype in _HALF:
         q, k = q.float(), k.float()
-    rows = q.reshape(batch, k.shape[1], -1, dim)
+    rows = q.reshape(batch, k.shape[1], heads // k.shape[1] * queries, dim)
     scores = torch.matmul(rows, k.transpose(2, 3)).view(batch, heads, queries, k.shape[2])
     return (scores if scores.dtype is torch.float64 else scores.float()) * scale
 
@@ -301,7 +301,7 @@ def _weigh(
     if mask is not None and mask.dtype is torch.bool:
         weights = weights.masked_fill(~mask, 0.0)  # a row that nothing may serve is uniform until here
     weights = F.dropout(weights, dropout) if dropout else weights
-    rows = weights.to(v.dtype).reshape(batch, v.shape[1], -1, keys)
+    rows = weights.to(v.dtype).reshape(batch, v.shape[1], heads // v.shape[1] * queries, keys)  # -1 is no size of nothing
     return torch.matmul(rows, v).view(batch, heads, queries, v.shape[-1]), lse
 
 
