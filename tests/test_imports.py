@@ -8,7 +8,7 @@ import sys
 ROWS = [
     {"_version", "errors"},
     {"types", "strict"},
-    {"spec", "variant", "metadata", "lock", "table", "render", "mode", "policy", "reads", "record", "tree", "buildfile"},
+    {"spec", "variant", "metadata", "lock", "table", "render", "mode", "policy", "reads", "record", "tree", "buildfile", "sbom"},
     {"resolve", "layers"},
     {"backends", "sources", "verifiers", "slots", "toolchain"},
     {"machine", "store", "loader", "sites", "build", "background", "audit"},
@@ -19,7 +19,7 @@ ROWS = [
     {"transformers"},
     {"cli"},
 ]
-PURE = {"_version", "errors", "types", "strict", "spec", "variant", "metadata", "lock", "table", "render", "mode", "policy", "record", "resolve", "buildfile"}
+PURE = {"_version", "errors", "types", "strict", "spec", "variant", "metadata", "lock", "table", "render", "mode", "policy", "record", "resolve", "buildfile", "sbom"}
 PURE_MAY_USE = {"packaging", "tomli", "tomllib", "__future__"}
 ROOT = pathlib.Path(__file__).parents[1] / "src" / "kernelswap"
 RANK = {name: row for row, names in enumerate(ROWS) for name in names}

@@ -205,6 +205,14 @@ def test_explain_all_names_every_module(call, warm_cache):
     assert "skipped by you" in text
 
 
+def test_explain_writes_a_bill_of_materials(call, warm_cache, tmp_path):
+    call("explain", minilm(), "--cache", warm_cache, "--device", "cpu", "--sbom", tmp_path / "bill.json")
+    (component,) = json.loads((tmp_path / "bill.json").read_text())["components"]
+    assert len(component["evidence"]["occurrences"]) >= 13
+    err = call("explain", minilm(), "--cache", warm_cache, "--skip", "*", "--sbom", tmp_path, code=exits.USAGE).err
+    assert "cannot be written" in err
+
+
 def test_explain_ends_with_1_when_nothing_would_be_swapped(call, warm_cache):
     call("explain", minilm(), "--cache", warm_cache, "--skip", "*", code=exits.NO)
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ...errors import KernelSwapError
 from ...types import Swap
 from .. import exits, session
 from ..output import Answer, progress
@@ -36,6 +39,10 @@ def command(
     dtype: Dtype = "auto",
     only: Only = None,
     skip: Skip = None,
+    sbom: Annotated[
+        Path | None,
+        typer.Option("--sbom", help="Write the kernels that would serve as a bill of materials (CycloneDX 1.6).", metavar="FILE"),
+    ] = None,
     cache: session.Cache = None,
     offline: session.Offline = False,
     as_json: bool = False,
@@ -47,6 +54,7 @@ def command(
     """
     from ... import render
     from ...bench import subject
+    from ...sbom import bill
 
     with progress(quiet=as_json) as report:
         report("loading the model", 0, 0)
@@ -55,6 +63,8 @@ def command(
         options: dict[str, Any] = {"only": only, "skip": skip, "build": "wait", "progress": report}
         outcomes = session.swapper(cache=cache, offline=offline).plan(loaded.model, **options)
     swapped = sum(isinstance(o, Swap) for o in outcomes)
+    if sbom is not None:
+        _write(sbom, bill(outcomes, model=model))
     data = {"model": model, "sites": render.outcomes_json(outcomes), "swapped": swapped}
 
     def text(out: Console) -> None:
@@ -70,6 +80,13 @@ def command(
     return Answer(data, text, exits.OK if swapped else exits.NO)
 
 
+def _write(path: Path, value: dict[str, Any]) -> None:
+    try:
+        path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    except OSError as e:
+        raise KernelSwapError(f"{path} cannot be written: {e.strerror}", todo="Name another file for --sbom.") from e
+
+
 def where(device: str | None) -> str:
     """The device asked for, else the first accelerator, else the CPU.
 
@@ -77,8 +94,6 @@ def where(device: str | None) -> str:
         KernelSwapError: torch does not have it here.
     """
     import torch
-
-    from ...errors import KernelSwapError
 
     if device is None:
         accelerator = getattr(torch, "accelerator", None)
