@@ -30,6 +30,7 @@ from .. import layers, loader
 from ..errors import KernelSwapError
 from ..types import Artifact, Implementation, Run
 from . import memory, trial
+from .calls import call
 from .inputs import Case, Subject
 
 Contain = Literal["native", "always", "never"]
@@ -282,7 +283,7 @@ def _try(message: dict[str, Any]) -> str | None:
             labels = [str(i) for i in range(64)]
             try:
                 with torch.no_grad() if want is None else contextlib.nullcontext():
-                    trial.call(implementation.forward, modules[centre], (args, kwargs), device, want, None, labels)
+                    call(implementation.forward, modules[centre], (args, kwargs), device, want, None, labels)
                 memory.settle(device)
             except Exception as e:  # noqa: BLE001  # what the kernel raises is judged by the proof; only what kills counts here
                 if device.type == "cuda" and "illegal memory access" in str(e):

@@ -8,7 +8,7 @@ import gc
 import itertools
 import sys
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -94,9 +94,9 @@ def _plain(value: Any) -> bool:
 _PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
-def storages(values: Sequence[Tensor]) -> set[int]:
+def storages(values: Iterable[Tensor | None]) -> set[int]:
     """Addresses of the storages below."""
-    return {t.untyped_storage().data_ptr() for t in values if t.layout == torch.strided and t.numel()}
+    return {t.untyped_storage().data_ptr() for t in values if t is not None and t.layout == torch.strided and t.numel()}
 
 
 def overlap(values: Sequence[Tensor]) -> bool:

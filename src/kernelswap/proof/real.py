@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from ..types import Implementation, Site, Verdict
 from . import inputs, memory, trial
 from .agree import Differs
+from .calls import Want
 from .inputs import Case
 from .reference import Reference, tensors, twin
 from .tolerance import compare
@@ -100,7 +101,8 @@ class Real:
         self.device = self.held[0].device if self.held else torch.device("cpu")
         self.size = max((t.numel() for t in self.held), default=0)
         self.dim = int(kwargs.get("unsqueeze_dim", args[4] if len(args) == 5 and isinstance(args[4], int) else 1))
-        self.want: trial.Want | None = None
+        self.graded = torch.is_grad_enabled()  # now: the checks run in a mode of their own
+        self.want: Want | None = None
         self.pair: trial.Pair | None = None
 
     def by_original(self) -> Any:
@@ -124,8 +126,8 @@ class Real:
         module, own = _copy(self.module)
         trainable = module is not None and any(p.requires_grad for p in module.parameters())
         inputs_ = tuple(i for i, t in enumerate(self.held) if t.requires_grad)
-        if torch.is_grad_enabled() and (inputs_ or trainable):
-            self.want = trial.Want(inputs_, parameters=trainable if own else None)
+        if self.graded and (inputs_ or trainable):
+            self.want = Want(inputs_, parameters=trainable if own else None)
         reference = Reference(self.original, module, self.device) if own else None
         self.pair = trial.Pair(self.original, self.candidate.forward, module, reference, self.device)
         try:

@@ -121,8 +121,9 @@ class Answer:
 
     outputs: list[Tensor]
     gradients: dict[str, Tensor | None]
-    spread: list[Tensor] | None
-    gradient_spread: dict[str, Tensor | None] | None
+    moved: list[Tensor] | None
+    """The same for inputs that are off by one rounding of the arithmetic inside; None where the original is the reference."""
+    moved_gradients: dict[str, Tensor | None]
 
     def to(self, device: torch.device) -> Answer:
         """The same on the device of the tensors it is compared with; mps has no float64."""
@@ -133,9 +134,8 @@ class Answer:
         def named(d: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
             return {n: None if t is None else one(t) for n, t in d.items()}
 
-        spread = None if self.spread is None else [one(t) for t in self.spread]
-        moved = None if self.gradient_spread is None else named(self.gradient_spread)
-        return Answer([one(t) for t in self.outputs], named(self.gradients), spread, moved)
+        moved = None if self.moved is None else [one(t) for t in self.moved]
+        return Answer([one(t) for t in self.outputs], named(self.gradients), moved, named(self.moved_gradients))
 
 
 class Reference:
@@ -184,11 +184,7 @@ class Reference:
         with alone(self.device), self._mode():
             outputs, gradients = run(self.original, a, k)
             moved, moved_gradients = run(self.original, *_moved((a, k), 2 * inside, seed))
-        spread = [(m - o).abs() if o.is_floating_point() else torch.zeros_like(o) for m, o in zip(moved, outputs, strict=True)]
-        both = {n: (g, moved_gradients.get(n)) for n, g in gradients.items()}
-        return Answer(
-            outputs, gradients, spread, {n: None if g is None or m is None else (m - g).abs() for n, (g, m) in both.items()}
-        )
+        return Answer(outputs, gradients, moved, moved_gradients)
 
 
 def _moved(value: Any, by: float, seed: int) -> Any:

@@ -6,11 +6,10 @@ memory that it must write, memory that it must give back, and the caller's rando
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +17,11 @@ from torch.utils import _pytree as pytree
 
 from . import memory
 from .agree import Differs, Result, foreign, name, same, structure
+from .calls import SEED, Want, call, guarded, names
 from .inputs import Case
 from .reference import Answer, Reference, tensors, widen
 from .tolerance import TOLERANCES, Finding, compare
 
-T = TypeVar("T")
-SEED = 20260
 LIGHT = 1 << 24
 """Bytes of module state up to which it is compared after every call, not only after every case."""
 
@@ -62,105 +60,14 @@ class Pair:
         self.original, self.candidate, self.module, self.reference, self.device = original, candidate, module, reference, device
         held = {} if module is None else tensors(module)
         self.state = memory.Untouched(held)
+        self.seen = False
+        """Whether the original was watched on its own state once."""
         self.light = sum(t.untyped_storage().nbytes() for t in self.state.held.values()) <= LIGHT
 
     def intact(self) -> None:
-        """Raise when the module's own tensors changed."""
+        """Raises `Differs` when the module's own tensors changed."""
         if changed := self.state.changed():
             raise Differs(f"changes the module's {', '.join(changed)} in place")
-
-
-@dataclass(frozen=True, slots=True)
-class Want:
-    """Which gradients a call is asked for, and from which cotangents."""
-
-    inputs: tuple[int, ...] = ()
-    """By their order among the tensors of the call."""
-    parameters: bool | None = False
-    """None: leave their `requires_grad` alone; they are the user's."""
-    kind: str = "random"
-    """`random`; `expanded`: one number for all, as `out.sum().backward()` gives; `first`: through the first output alone."""
-
-
-# -- calling ------------------------------------------------------------------------------------------------------
-
-
-def names(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], *, bound: bool) -> list[str]:
-    """A name for each tensor of the call: the original's parameter names where they say it."""
-    try:
-        known = list(inspect.signature(function).parameters)[1 if bound else 0 :]
-    except (TypeError, ValueError):  # a builtin without a signature
-        known = []
-    positional = [(known[i] if i < len(known) else f"argument {i}", value) for i, value in enumerate(args)]
-    found = []
-    for label, value in [*positional, *kwargs.items()]:
-        held = [t for t in pytree.tree_leaves(value) if isinstance(t, Tensor)]
-        found += [label] if len(held) == 1 else [f"{label}[{j}]" for j in range(len(held))]
-    return found
-
-
-def call(
-    function: Callable[..., Any],
-    module: nn.Module | None,
-    arguments: tuple[Sequence[Any], Mapping[str, Any]],
-    device: torch.device,
-    want: Want | None = None,
-    cotangents: Sequence[Tensor] | None = None,
-    labels: Sequence[str] = (),
-) -> Result:
-    """Call, with gradients when `want` says so. The inputs' storage is used as it is; nothing is accumulated anywhere."""
-    leaves, spec = pytree.tree_flatten((tuple(arguments[0]), dict(arguments[1])))
-    sources: dict[str, Tensor] = {}
-    if want is not None:
-        for order, i in enumerate(i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)):
-            leaves[i] = leaves[i].detach().requires_grad_(order in want.inputs and leaves[i].is_floating_point())
-            if leaves[i].requires_grad:
-                sources[labels[order]] = leaves[i]
-        for path, p in () if module is None or want.parameters is None else module.named_parameters():
-            p.requires_grad_(bool(want.parameters) and p.is_floating_point())
-            if p.requires_grad:
-                sources[path] = p
-    args, kwargs = pytree.tree_unflatten(leaves, spec)
-    before = memory.seed(device, SEED)
-    with torch.enable_grad() if want is not None else nullcontext():
-        out = function(*args, **kwargs) if module is None else function(module, *args, **kwargs)
-    drew = not memory.same_seed(device, before)
-    flat, structure = pytree.tree_flatten(out)
-    result = Result([t for t in flat if isinstance(t, Tensor)], structure, drew)
-    if want is not None:
-        _differentiate(result, sources, want, cotangents)
-    return result
-
-
-def _differentiate(result: Result, sources: dict[str, Tensor], want: Want, cotangents: Sequence[Tensor] | None) -> None:
-    outputs = result.outputs
-    roots = [i for i, t in enumerate(outputs) if t.is_floating_point()][: 1 if want.kind == "first" else None]
-    roots = [i for i in roots if outputs[i].requires_grad]
-    given = list(cotangents) if cotangents is not None else [_cotangent(t, i, want.kind) for i, t in enumerate(outputs)]
-    found: Sequence[Tensor | None] = [None] * len(sources)
-    if roots and sources:
-        found = torch.autograd.grad(
-            [outputs[i] for i in roots], list(sources.values()), [given[i] for i in roots], allow_unused=True
-        )
-    result.outputs = [t.detach() for t in outputs]
-    result.gradients, result.cotangents = dict(zip(sources, found, strict=True)), given
-
-
-def _cotangent(like: Tensor, salt: int, kind: str) -> Tensor:
-    if kind == "expanded":
-        return torch.full((), 0.75, dtype=like.dtype, device=like.device).expand(like.shape)
-    source = torch.Generator().manual_seed(SEED + salt)
-    return torch.randn(like.shape, generator=source).to(like.device, like.dtype)
-
-
-def guarded(ask: Callable[[], T]) -> T:
-    """Ask the kernel; whatever it raises becomes the finding."""
-    try:
-        return ask()
-    except Exception as e:  # a stranger's code may raise anything, and all of it means: keep the original, with this reason
-        wrong = Differs(f"raises {type(e).__name__}: {' '.join(str(e).split())[:300]}")
-        wrong.lasting = not isinstance(e, MemoryError | torch.OutOfMemoryError)
-        raise wrong from e
 
 
 # -- one case -----------------------------------------------------------------------------------------------------
@@ -219,17 +126,22 @@ class _One:
         snapshot = [t.clone() for t in first.outputs]
 
         second = self.kernel(original, memory.Poison(), inference=self.want is None)
-        try:
-            self.compare(second, original, answer, slack)
-        except Differs as e:
-            raise Differs(f"{e}; only when called again or where it has not written its output") from None
-        if not same(first.outputs, second.outputs) or not same([*first.gradients.values()], [*second.gradients.values()]):
+        structure(second, original, self.held)
+        if not same([*first.outputs, *first.gradients.values()], [*second.outputs, *second.gradients.values()]):
             self.errors.deterministic = False
-        if memory.storages(first.outputs) & memory.storages(second.outputs) - memory.storages(self.held):
-            raise Differs("returns the same memory from two calls: the second overwrites the result of the first")
+            try:
+                self.compare(second, original, answer, slack)
+            except Differs as e:
+                raise Differs(f"{e}; only when called again or where it has not written its output") from None
+        own = memory.storages(self.held)
+        for one, two in ((first.outputs, second.outputs), (first.gradients.values(), second.gradients.values())):
+            if memory.storages(one) & memory.storages(two) - own:
+                raise Differs("returns the same memory from two calls: the second overwrites the result of the first")
 
         other = pytree.tree_map(lambda t: t * 0.5 if isinstance(t, Tensor) and t.is_floating_point() else t, self.arguments)
+        with_gradients, self.want = self.want, None
         self.kernel(original, arguments=other)
+        self.want = with_gradients
         if not same(first.outputs, snapshot):
             raise Differs("changes the result of an earlier call")
 
@@ -241,7 +153,11 @@ class _One:
                 )
         except Exception as e:  # the original is a stranger's code too: what it cannot do is not asked of the kernel
             raise Skip(f"the original raises {type(e).__name__} on {self.case.name}: {' '.join(str(e).split())[:200]}") from e
-        if changed := [*self.inputs.changed(), *self.pair.state.changed()]:
+        changed = self.inputs.changed()
+        if self.pair.light or not self.pair.seen:
+            changed += self.pair.state.changed()
+            self.pair.seen = True
+        if changed:
             self.inputs.restore()
             self.pair.state.restore()
             raise Differs(f"cannot be tested: the original changes {', '.join(changed)} in place")
@@ -309,15 +225,15 @@ class _One:
         if why is not None:
             self.errors.reference = f"the original itself: {why}"
         outputs = [t.double() if t.is_floating_point() and t.device.type != "mps" else t for t in original.outputs]
-        return Answer(outputs, dict(original.gradients), None, None), 4.0
+        return Answer(outputs, dict(original.gradients), None, {}), 4.0
 
     def compare(self, kernel: Result, original: Result, answer: Answer, slack: float) -> None:
         """Structure, then numbers, then gradients."""
         structure(kernel, original, self.held)
         generic = self.case.generic and slack == 1.0
         for i, (k, o) in enumerate(zip(kernel.outputs, original.outputs, strict=True)):
-            spread = None if answer.spread is None else answer.spread[i]
-            finding = compare(k, o, answer.outputs[i], spread=spread, generic=generic, slack=slack)
+            moved = None if answer.moved is None else answer.moved[i]
+            finding = compare(k, o, answer.outputs[i], moved=moved, generic=generic, slack=slack)
             self.judge(finding, name(original, i))
         for source, theirs in original.gradients.items():
             mine = kernel.gradients.get(source)
@@ -333,12 +249,19 @@ class _One:
                     f"the gradient of {source} is {tuple(k.shape)} {k.dtype}, the original's {tuple(o.shape)} {o.dtype}"
                 )
             reference = answer.gradients.get(source)
-            spread = None if answer.gradient_spread is None else answer.gradient_spread.get(source)
+            moved = answer.moved_gradients.get(source)
             reference = o.double() if reference is None else reference
             # A row of a matrix's gradient is one number (an output's cotangent) times the input: where that one cancels, all do.
-            level = 1.0 if o.ndim > 1 and source not in self.labels else 0.0
+            level = 1.0 if o.ndim > 1 and source not in self.labels else 0.25 if self.case.vanishing else 0.0
             finding = compare(
-                k, o, reference, spread=spread, generic=generic and not level, gradient=True, level=level, slack=slack
+                k,
+                o,
+                reference,
+                moved=moved,
+                generic=generic and not level and not self.case.vanishing,
+                gradient=True,
+                level=level,
+                slack=slack,
             )
             self.judge(finding, f"the gradient of {source}")
 

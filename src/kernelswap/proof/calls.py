@@ -1,0 +1,109 @@
+"""Call a function on a module and arguments, with gradients when asked, and without a trace anywhere."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from . import memory
+from .agree import Differs, Result
+
+T = TypeVar("T")
+SEED = 20260
+
+
+@dataclass(frozen=True, slots=True)
+class Want:
+    """Which gradients a call is asked for, and from which cotangents."""
+
+    inputs: tuple[int, ...] = ()
+    """By their order among the tensors of the call."""
+    parameters: bool | None = False
+    """None: leave their `requires_grad` alone; they are the user's."""
+    kind: str = "random"
+    """`random`; `expanded`: one number for all, as `out.sum().backward()` gives; `first`: through the first output alone."""
+
+
+def names(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], *, bound: bool) -> list[str]:
+    """A name for each tensor of the call: the original's parameter names where they say it."""
+    try:
+        known = list(inspect.signature(function).parameters)[1 if bound else 0 :]
+    except (TypeError, ValueError):  # a builtin without a signature
+        known = []
+    positional = [(known[i] if i < len(known) else f"argument {i}", value) for i, value in enumerate(args)]
+    found = []
+    for label, value in [*positional, *kwargs.items()]:
+        held = [t for t in pytree.tree_leaves(value) if isinstance(t, Tensor)]
+        found += [label] if len(held) == 1 else [f"{label}[{j}]" for j in range(len(held))]
+    return found
+
+
+def call(
+    function: Callable[..., Any],
+    module: nn.Module | None,
+    arguments: tuple[Sequence[Any], Mapping[str, Any]],
+    device: torch.device,
+    want: Want | None = None,
+    cotangents: Sequence[Tensor] | None = None,
+    labels: Sequence[str] = (),
+) -> Result:
+    """Call, with gradients when `want` says so. The inputs' storage is used as it is; nothing is accumulated anywhere."""
+    leaves, spec = pytree.tree_flatten((tuple(arguments[0]), dict(arguments[1])))
+    sources: dict[str, Tensor] = {}
+    if want is not None:
+        for order, i in enumerate(i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)):
+            leaves[i] = leaves[i].detach().requires_grad_(order in want.inputs and leaves[i].is_floating_point())
+            if leaves[i].requires_grad:
+                sources[labels[order]] = leaves[i]
+        for path, p in () if module is None or want.parameters is None else module.named_parameters():
+            p.requires_grad_(bool(want.parameters) and p.is_floating_point())
+            if p.requires_grad:
+                sources[path] = p
+    args, kwargs = pytree.tree_unflatten(leaves, spec)
+    before = memory.seed(device, SEED)
+    with torch.enable_grad() if want is not None else nullcontext():
+        out = function(*args, **kwargs) if module is None else function(module, *args, **kwargs)
+    drew = not memory.same_seed(device, before)
+    flat, structure = pytree.tree_flatten(out)
+    result = Result([t for t in flat if isinstance(t, Tensor)], structure, drew)
+    if want is not None:
+        _differentiate(result, sources, want, cotangents)
+    return result
+
+
+def _differentiate(result: Result, sources: dict[str, Tensor], want: Want, cotangents: Sequence[Tensor] | None) -> None:
+    outputs = result.outputs
+    roots = [i for i, t in enumerate(outputs) if t.is_floating_point()][: 1 if want.kind == "first" else None]
+    roots = [i for i in roots if outputs[i].requires_grad]
+    given = list(cotangents) if cotangents is not None else [_cotangent(t, i, want.kind) for i, t in enumerate(outputs)]
+    found: Sequence[Tensor | None] = [None] * len(sources)
+    if roots and sources:
+        found = torch.autograd.grad(
+            [outputs[i] for i in roots], list(sources.values()), [given[i] for i in roots], allow_unused=True
+        )
+    result.outputs = [t.detach() for t in outputs]
+    result.gradients, result.cotangents = dict(zip(sources, found, strict=True)), given
+
+
+def _cotangent(like: Tensor, salt: int, kind: str) -> Tensor:
+    if kind == "expanded":
+        return torch.full((), 0.75, dtype=like.dtype, device=like.device).expand(like.shape)
+    source = torch.Generator().manual_seed(SEED + salt)
+    return torch.randn(like.shape, generator=source).to(like.device, like.dtype)
+
+
+def guarded(ask: Callable[[], T]) -> T:
+    """Ask the kernel; whatever it raises becomes the finding."""
+    try:
+        return ask()
+    except Exception as e:  # a stranger's code may raise anything, and all of it means: keep the original, with this reason
+        wrong = Differs(f"raises {type(e).__name__}: {' '.join(str(e).split())[:300]}")
+        wrong.lasting = not isinstance(e, MemoryError | torch.OutOfMemoryError)
+        raise wrong from e

@@ -1,0 +1,74 @@
+"""Measured times: interleaved, fresh inputs, and noise that is called noise."""
+
+import pytest
+import torch
+
+from kernelswap.proof import measure
+from kernelswap.proof.measure import compare
+
+
+def spin(n):
+    def work(x):
+        for _ in range(n):
+            x = x + 1
+        return x
+
+    return work
+
+
+def make():
+    return (torch.randn(64, 64),)
+
+
+def test_twice_the_work_takes_longer_and_the_ratio_says_which_way():
+    found = compare(spin(60), spin(10), make, seconds=0.2)
+    assert found.ratio > 2
+    assert found.median_a > found.median_b > 0
+    assert found.faster
+    assert not compare(spin(10), spin(60), make, seconds=0.2).faster
+
+
+def test_the_same_function_is_not_faster_than_itself():
+    same = spin(20)
+    assert not compare(same, same, make, seconds=0.3).faster
+
+
+def test_runs_take_turns_and_inputs_rotate():
+    calls = []
+
+    def note(name):
+        return lambda x: calls.append((name, x.data_ptr()))
+
+    compare(note("a"), note("b"), make, seconds=0.0)
+    assert {name for name, _ in calls} == {"a", "b"}
+    assert len({pointer for name, pointer in calls if name == "a"}) == measure.INPUTS
+    runs = [name for name, _ in calls]
+    assert max(len(run) for run in "".join(runs).replace("ba", "b a").replace("ab", "a b").split()) < len(runs) / 4
+
+
+def test_short_calls_are_repeated_within_a_run_until_the_clock_can_see_them():
+    found = compare(lambda x: x, lambda x: x, make, seconds=0.05)
+    assert found.median_a < 1e-5
+    assert found.runs >= measure.LEAST
+
+
+def test_gradients_are_left_as_the_caller_set_them():
+    seen = set()
+
+    def look(x):
+        seen.add(torch.is_grad_enabled())
+
+    with torch.no_grad():
+        compare(look, look, make, seconds=0.0)
+    assert seen == {False}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="measures a GPU")
+def test_the_device_clock_and_a_cold_cache():
+    made = lambda: (torch.randn(4 << 20, device="cuda"),)  # noqa: E731  # 16 MB: fits the L2
+    copy, twice = (lambda x: x.clone()), (lambda x: x.clone().clone())
+    warm, cold = (compare(twice, copy, made, seconds=0.3, device="cuda", cold=c) for c in (False, True))
+    assert 1.5 < warm.ratio < 2.5
+    assert 1.3 < cold.ratio < 2.5
+    assert cold.median_b > warm.median_b
