@@ -19,7 +19,24 @@ ROWS = [
     {"transformers"},
     {"cli"},
 ]
-PURE = {"_version", "errors", "types", "strict", "spec", "variant", "metadata", "lock", "table", "render", "mode", "policy", "record", "resolve", "buildfile", "sbom"}
+PURE = {
+    "_version",
+    "errors",
+    "types",
+    "strict",
+    "spec",
+    "variant",
+    "metadata",
+    "lock",
+    "table",
+    "render",
+    "mode",
+    "policy",
+    "record",
+    "resolve",
+    "buildfile",
+    "sbom",
+}
 PURE_MAY_USE = {"packaging", "tomli", "tomllib", "__future__"}
 ROOT = pathlib.Path(__file__).parents[1] / "src" / "kernelswap"
 RANK = {name: row for row, names in enumerate(ROWS) for name in names}
