@@ -52,7 +52,7 @@ def test_no_such_script_is_wrong_usage(tmp_path):
 
 
 def test_json_goes_to_stderr_since_stdout_is_the_script_s(tmp_path):
-    (tmp_path / "s.py").write_text("print('hello')")
+    (tmp_path / "s.py").write_text("import kernelswap; print(kernelswap.installed())")
     done = run("--json", "s.py", cwd=tmp_path)
-    assert done.stdout == "hello\n"
-    assert json.loads(done.stderr)["exit"] == 0
+    assert done.stdout == "True\n"
+    assert json.loads(done.stderr) == {"script": "s.py", "installed": True, "exit": 0}

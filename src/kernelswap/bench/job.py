@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..types import Progress
     from .subject import Subject
 
-LONGEST, SHORTEST, IN_ALL = 15.0, 6.0, 45.0  # seconds: for timing at most, at least, and up to the end of it
+LONGEST, SHORTEST, IN_ALL = 15.0, 6.0, 38.0  # seconds: for timing at most, at least, and up to the end of it
 ROUNDS = 3  # of taking losers out: an original that goes back in may hold modules that have kernels of their own
 EXACT_LIMIT = 600_000_000  # parameters; beyond it a float64 copy of the whole model is too much to ask for
 
