@@ -19,9 +19,12 @@ from . import build as building
 from . import layers, loader, render, spec
 from . import machine as machines
 from . import metadata as metadata_file
+from . import policy as policies
 from .audit import Audit
 from .background import Background
 from .errors import BuildFailed, KernelSwapError, NoVariant, SpecError, UnknownKernel
+from .lock import Lock
+from .policy import Policy
 from .resolve import resolve
 from .sources.bundled import BundledSource
 from .sources.dependencies import Node, tree
@@ -30,6 +33,7 @@ from .sources.environment import Environment
 from .sources.hub import HubSource
 from .sources.hub_client import HubClient
 from .sources.overrides import Overrides
+from .sources.pinned import Pinned
 from .store import Store
 from .types import (
     Artifact,
@@ -45,8 +49,8 @@ from .types import (
     Source,
     Verifier,
 )
+from .verifiers import policy as policy_files
 from .verifiers.policy import PolicyVerifier
-from .verifiers.policy import read as read_policy
 from .verifiers.publisher import Publishers, PublisherVerifier
 from .verifiers.signature import SignatureVerifier
 
@@ -72,8 +76,8 @@ class Provider:
 
     Args, all optional; what is left out comes from the environment and this machine:
         sources: by the name that a spec uses (`hub`, `dir`, `bundled`).
-        verifiers: on top of contents and digests, which are always verified; default: what the policy files of the working
-            directory and of the user ask for.
+        verifiers: on top of contents and digests, which are always verified; default: what the policy files of the project
+            around the working directory and of the user ask for.
         machine: what to choose for.
         store: where verified kernels are kept.
         cache: the directory of store, compiled kernels and verdicts; ignored for what is given itself.
@@ -95,8 +99,9 @@ class Provider:
         environment = Environment.read(os.environ)
         environment = replace(environment, cache=cache or environment.cache, offline=offline or environment.offline)
         self.environment = environment
-        self.sources = dict(_sources(environment, self._tell) if sources is None else sources)
-        self.verifiers = tuple(_verifiers(environment, self.sources.get("hub")) if verifiers is None else verifiers)
+        policy, lock = _policy() if verifiers is None else (policies.DEFAULT, None)
+        self.sources = dict(_sources(environment, self._tell, lock) if sources is None else sources)
+        self.verifiers = tuple(_verifiers(environment, self.sources.get("hub"), policy, lock) if verifiers is None else verifiers)
         self.store = store or Store(environment.cache)
         self.audit = Audit(self.store.cache / "audit.jsonl")
         self._machine = machine
@@ -301,7 +306,13 @@ class Provider:
         raise BuildFailed("is being compiled in the background; the next swap will use it", todo="Or wait: build='wait'.")
 
 
-def _sources(environment: Environment, progress: Progress) -> dict[str, Source]:
+def _policy() -> tuple[Policy, Lock | None]:
+    """What the files of the project around the working directory and of the user say; with the lock, if that is all that may be loaded."""
+    policy = policy_files.read(policy_files.project(Path.cwd()), platformdirs.user_config_path("kernelswap"))
+    return policy, (policy_files.read_lock(Path.cwd()) if policy.locked_only else None)
+
+
+def _sources(environment: Environment, progress: Progress, lock: Lock | None = None) -> dict[str, Source]:
     hub: Source = HubSource(
         environment.hub_cache,
         endpoint=environment.endpoint,
@@ -310,6 +321,8 @@ def _sources(environment: Environment, progress: Progress) -> dict[str, Source]:
         timeout=environment.timeout,
         progress=progress,
     )
+    if lock is not None:  # a branch that moved on since is found at its locked commit
+        hub = Pinned(hub, lock)
     if environment.local_kernels:
         hub = Overrides(hub, dict(environment.local_kernels))
     root = Path(__file__).parent / "bundled"
@@ -317,15 +330,16 @@ def _sources(environment: Environment, progress: Progress) -> dict[str, Source]:
     return {"hub": hub, "dir": DirectorySource(), "bundled": bundled}
 
 
-def _verifiers(environment: Environment, hub: Source | None) -> list[Verifier]:
-    """What the policy files ask for. A hub of our own making is asked whom it trusts, unless this is offline."""
-    policy = read_policy(Path.cwd(), platformdirs.user_config_path("kernelswap"))
-    source = hub.source if isinstance(hub, Overrides) else hub
+def _verifiers(environment: Environment, hub: Source | None, policy: Policy, lock: Lock | None) -> list[Verifier]:
+    """What the policy asks for. A hub of our own making is asked whom it trusts, unless this is offline."""
+    source = hub
+    while isinstance(source, Overrides | Pinned):
+        source = source.source
     ask = None
     if isinstance(source, HubSource) and not environment.offline:
         ask = HubClient(source.endpoint.rstrip("/"), source.token, source.timeout).trusts
     publishers = PublisherVerifier(Publishers(environment.cache / "publishers", ask), policy)
-    return [PolicyVerifier(policy), publishers, SignatureVerifier(policy)]
+    return [PolicyVerifier(policy, lock), publishers, SignatureVerifier(policy)]
 
 
 def _machine_for(machine: Machine, device: str | None) -> Machine:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from .. import lock as locks
 from .. import policy as policies
 from .. import record, tree
 from ..errors import Refused, TableError
 from ..lock import Lock
 from ..policy import Policy, Settings
 from ..types import Candidate, Evidence, Metadata
+
+POLICIES = "kernelswap.toml", "pyproject.toml"
+LOCKS = "kernelswap.lock", "kernels.lock"
+"""What the files are called, the first before the second."""
 
 _NATIVE_SUFFIXES = (
     ".so", ".dylib", ".dll", ".pyd", ".a", ".lib", ".o", ".obj", ".cubin", ".fatbin", ".ptx", ".hsaco", ".co", ".metallib", ".spv", ".wasm",
@@ -35,7 +42,62 @@ def read(project: Path | None, user: Path | None) -> Policy:
     Raises:
         TableError: a file is wrong or cannot be read; nothing is loaded under half a policy.
     """
-    return policies.combine(_settings(project, ("kernelswap.toml", "pyproject.toml")), _settings(user, ("kernelswap.toml",)))
+    return policies.combine(_settings(project, POLICIES), _settings(user, POLICIES[:1]))
+
+
+def project(start: Path) -> Path:
+    """The directory of the project that `start` is in: the nearest one upwards with a policy; `start` where there is none.
+
+    The way up ends at the root of a repository (`.git`), at the home directory and at the root of the file system: a
+    policy counts wherever in its project a program is started, and never outside of it.
+
+    Raises:
+        TableError: as `read`; also where a policy above `start` belongs to neither this user nor root.
+    """
+    for directory in _upwards(start):
+        found = _settings(directory, POLICIES)
+        if found is not None:
+            if directory != start and _foreign(Path(found.where)):
+                raise TableError(f"{found.where} belongs to another user", todo=f"Have it removed, or work in {directory}.")
+            return directory
+    return start
+
+
+def read_lock(start: Path) -> Lock | None:
+    """The nearest lock from `start` upwards within its project (see `project`), or `None`.
+
+    Raises:
+        BadMetadata: it does not parse; all problems at once.
+        TableError: it cannot be read, or above `start` belongs to another user.
+    """
+    for directory in _upwards(start):
+        for name in LOCKS:
+            path = directory / name
+            try:
+                data = path.read_bytes()
+            except FileNotFoundError:
+                continue
+            except OSError as e:
+                raise TableError(f"{path} cannot be read: {e}") from e
+            if directory != start and _foreign(path):
+                raise TableError(f"{path} belongs to another user", todo=f"Have it removed, or work in {directory}.")
+            return locks.parse(data, what=str(path))
+    return None
+
+
+def _upwards(start: Path) -> Iterator[Path]:
+    home = Path(os.path.expanduser("~"))  # noqa: PTH111  # `Path.home` raises for a user without one
+    for directory in (start, *start.parents):
+        yield directory
+        if directory == home or (directory / ".git").exists():
+            return
+
+
+def _foreign(path: Path) -> bool:
+    try:
+        return sys.platform != "win32" and path.stat().st_uid not in {0, os.getuid()}
+    except OSError:
+        return False  # not there, or not readable, which reading it says
 
 
 def _settings(directory: Path | None, names: tuple[str, ...]) -> Settings | None:
