@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from .functional import (
@@ -15,6 +16,9 @@ from .functional import (
     rms_norm,
     rotary,
 )
+
+_gelu = nn.functional.gelu
+_silu = torch._C._nn.silu  # noqa: SLF001  # what torch.nn.functional.silu calls, without the Python that asking its size costs
 
 
 class RMSNorm(nn.Module):
@@ -98,7 +102,7 @@ class SiLU(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # the name of the original's parameter
         """`input` (...) -> (...)."""
-        return act(input, "silu") if input.numel() >= MIN_SILU else nn.functional.silu(input)
+        return act(input, "silu") if input.numel() >= MIN_SILU else _silu(input)
 
 
 class GELU(nn.Module):
@@ -110,7 +114,7 @@ class GELU(nn.Module):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # the name of the original's parameter
         """`input` (...) -> (...)."""
         if GELU_SMALL < input.numel() < GELU_LARGE:
-            return nn.functional.gelu(input)
+            return _gelu(input)
         return act(input, "gelu")
 
 
@@ -122,7 +126,7 @@ class GELUTanh(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # the name of the original's parameter
         """`input` (...) -> (...)."""
-        return act(input, "gelu_tanh") if input.numel() >= MIN_GELU_TANH else nn.functional.gelu(input, approximate="tanh")
+        return act(input, "gelu_tanh") if input.numel() >= MIN_GELU_TANH else _gelu(input, approximate="tanh")
 
 
 class NewGELU(nn.Module):
