@@ -14,10 +14,12 @@ def run(*argv, cwd):
 
 
 def test_a_script_gets_its_own_arguments_name_and_path(tmp_path):
-    (tmp_path / "beside.py").write_text("answer = 42")
-    (tmp_path / "s.py").write_text("import sys, beside; print(__name__, sys.argv, __file__, beside.answer)")
-    done = run("s.py", "--json", "-x", "--help", cwd=tmp_path)
-    assert done.stdout == "__main__ ['s.py', '--json', '-x', '--help'] s.py 42\n"
+    where = tmp_path / "below"  # not the current directory: that is on the path of `python -m` anyway
+    where.mkdir()
+    (where / "beside.py").write_text("answer = 42")
+    (where / "s.py").write_text("import sys, beside; print(__name__, sys.argv, __file__, beside.answer)")
+    done = run("below/s.py", "--json", "-x", "--help", cwd=tmp_path)
+    assert done.stdout == "__main__ ['below/s.py', '--json', '-x', '--help'] below/s.py 42\n"
     assert done.returncode == 0
 
 
