@@ -1,5 +1,8 @@
 """The first real call: what comes back, what it costs, and what it must leave alone."""
 
+import threading
+import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -350,3 +353,103 @@ def test_offloaded_weights_are_compared_without_a_copy(norm):
     assert dict(verdict.details)["reference"].startswith("the original itself")
     assert norm.weight.requires_grad
     assert not ask(Check(None), norm, lambda self, x: fused(self, x) * 1.05, x, training=True)[1].accepted
+
+
+def test_two_threads_check_one_site_and_nobody_waits_for_ever(norm):
+    check, x = Check(None), torch.randn(4, 64)
+    state = torch.get_rng_state()
+    results = []
+
+    def run():
+        results.append(ask(check, norm, fused, x)[1])
+
+    threads = [threading.Thread(target=run) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert [v.accepted for v in results] == [True] * 4
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_site_inside_of_a_site_is_checked_in_the_real_call_alone():
+    check, mlp = Check(None), ORIGINALS["mlp"].make(32)
+    inner, activation = [], type(mlp.act_fn)
+
+    class Nested(activation):
+        def forward(self, x):
+            out, verdict = check.first_call(
+                site(self, "elementwise"),
+                self,
+                activation.forward,
+                implementation(lambda self, x: nn.functional.silu(x)),
+                Run(),
+                (x,),
+                {},
+            )
+            inner.append(verdict.accepted)
+            return out
+
+    mlp.act_fn.__class__ = Nested
+    kernel = lambda self, x: self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))  # noqa: E731  # same
+    x = torch.randn(2, 5, 32)
+    out, verdict = check.first_call(site(mlp, "mlp"), mlp, type(mlp).forward, implementation(kernel), Run(), (x,), {})
+    assert verdict.accepted, verdict.reason
+    assert inner[-1]
+    assert torch.equal(out, type(mlp).forward(mlp, x))
+
+
+def test_defaults_of_the_user_do_not_matter(norm):
+    previous = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float16)
+        with torch.device("meta"):
+            x = torch.randn(4, 64, dtype=torch.float32, device="cpu")
+            assert ask(Check(None), norm, LlamaRMSNorm.forward, x)[1].accepted
+            for name in ("llama", "rotary", "gelu"):
+                module = ORIGINALS[name].make(64) if name == "gelu" else None
+                if module is None:
+                    with torch.device("cpu"):
+                        module = ORIGINALS[name].make(64).float()
+                forward = ORIGINALS[name].function or type(module).forward
+                kind = "function" if ORIGINALS[name].function else "module"
+                where = replace(site(module, ORIGINALS[name].probe, kind), device="cpu", dtype="torch.float32")
+                verdict = Check(None).equivalent(where, module, forward, implementation(forward, kind), Run(training=True))
+                assert verdict.accepted, verdict.reason
+    finally:
+        torch.set_default_dtype(previous)
+
+
+def test_whatever_stands_in_the_way_of_a_proof_is_a_reason(norm):
+    where = site(norm, "rows")
+    for field, value, says in (
+        ("dtype", "torch.float8_e4m3fn", "no way to test"),
+        ("dtype", "torch.nonsense", "no way to test"),
+        ("device", "cuda:99", "no way to test"),
+        ("row", replace(where.row, probe="telepathy"), "no recipe 'telepathy'"),
+        ("row", replace(where.row, probe="mlp"), "finds no sizes"),
+    ):
+        verdict = Check(None).equivalent(
+            replace(where, **{field: value}), norm, LlamaRMSNorm.forward, implementation(fused), Run()
+        )
+        assert not verdict.accepted
+        assert says in verdict.reason
+    backward = implementation(fused, backward=False)
+    assert Check(None).equivalent(where, norm, LlamaRMSNorm.forward, backward, Run(training=True)).reason == "has no backward"
+
+
+def test_a_warm_lookup_costs_microseconds_and_a_warm_start_reads_one_small_file(norm, tmp_path):
+    store = Verdicts(tmp_path / "verdicts", key=tmp_path / "key")
+    kernel = counted(fused)
+    run = lambda check: check.equivalent(  # noqa: E731  # same
+        site(norm, "rows"), norm, LlamaRMSNorm.forward, implementation(kernel, digest="k"), Run()
+    )
+    check = Check(store)
+    first = run(check)
+    kernel.calls.clear()
+    start = time.perf_counter()
+    for _ in range(100):
+        assert run(check) == first
+    assert (time.perf_counter() - start) / 100 < 1e-3, "about 30 us; a hundred times less than a millisecond would be noise here"
+    assert run(Check(Verdicts(store.path, key=store._key_file))) == first
+    assert not kernel.calls

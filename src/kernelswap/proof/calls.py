@@ -25,8 +25,7 @@ class Want:
 
     inputs: tuple[int, ...] = ()
     """By their order among the tensors of the call."""
-    parameters: bool | None = False
-    """None: leave their `requires_grad` alone; they are the user's."""
+    parameters: bool = False
     kind: str = "random"
     """`random`; `expanded`: one number for all, as `out.sum().backward()` gives; `first`: through the first output alone."""
 
@@ -62,8 +61,8 @@ def call(
             leaves[i] = leaves[i].detach().requires_grad_(order in want.inputs and leaves[i].is_floating_point())
             if leaves[i].requires_grad:
                 sources[labels[order]] = leaves[i]
-        for path, p in () if module is None or want.parameters is None else module.named_parameters():
-            p.requires_grad_(bool(want.parameters) and p.is_floating_point())
+        for path, p in () if module is None else module.named_parameters():
+            p.requires_grad_(want.parameters and p.is_floating_point())
             if p.requires_grad:
                 sources[path] = p
     args, kwargs = pytree.tree_unflatten(leaves, spec)
@@ -95,8 +94,8 @@ def _differentiate(result: Result, sources: dict[str, Tensor], want: Want, cotan
 def _cotangent(like: Tensor, salt: int, kind: str) -> Tensor:
     if kind == "expanded":
         return torch.full((), 0.75, dtype=like.dtype, device=like.device).expand(like.shape)
-    source = torch.Generator().manual_seed(SEED + salt)
-    return torch.randn(like.shape, generator=source).to(like.device, like.dtype)
+    source = torch.Generator("cpu").manual_seed(SEED + salt)
+    return torch.randn(like.shape, generator=source, dtype=torch.float32, device="cpu").to(like.device, like.dtype)
 
 
 def guarded(ask: Callable[[], T]) -> T:

@@ -25,7 +25,7 @@ from .agree import Differs
 from .child import Contact, Contain
 from .inputs import Case, Subject
 from .real import Real, accepted, refused
-from .reference import Reference
+from .reference import Reference, alone
 from .verdicts import Verdicts
 
 
@@ -84,9 +84,10 @@ class Check:
         if recipe is None:
             return Verdict(accepted=False, reason=f"there is no way to test it: no recipe {site.row.probe!r} for its inputs")
         try:
-            device = torch.device(site.device)
+            device = memory.indexed(torch.device(site.device))
             dtype = getattr(torch, site.dtype.removeprefix("torch."))
-        except (RuntimeError, AttributeError):
+            place = keys.place(device)
+        except (RuntimeError, AttributeError, AssertionError):  # torch asserts that it was built for the device
             return Verdict(accepted=False, reason=f"there is no way to test it on {site.device} in {site.dtype}")
         parts = (
             "random",
@@ -94,7 +95,7 @@ class Check:
             keys.kernel(candidate),
             keys.subject(site, module, original),
             str(dtype),
-            keys.place(device),
+            place,
             (run.training, run.compiled, self.backend if run.compiled else ""),
         )
         with self._lock:
@@ -102,8 +103,12 @@ class Check:
             if known is not None:
                 return known
             subject = Subject(site, module, original, device, dtype, self.seed)
-            with self._alone(), memory.quiet(device):
-                verdict, lasting = self._random(subject, candidate, run, recipe(subject))
+            with self._alone(), memory.quiet(device), alone(device):
+                try:
+                    verdict, lasting = self._random(subject, candidate, run, recipe(subject))
+                except Exception as e:  # noqa: BLE001  # whatever stands in the way of a proof: the original stays, with this reason
+                    why = f"there is no way to test it: {type(e).__name__}: {' '.join(str(e).split())[:300]}"
+                    verdict, lasting = Verdict(accepted=False, reason=why), False
                 return self._keep(parts, verdict, lasting=lasting)
 
     def _random(self, subject: Subject, candidate: Implementation, run: Run, cases: Iterator[Case]) -> tuple[Verdict, bool]:
@@ -170,16 +175,17 @@ class Check:
             (run.training, run.compiled),
             keys.bucket(args, kwargs),
         )
-        with self._lock:
+        with self._lock:  # one check at a time: they seed the generators. Never held while a real module is called
             known = self._known(parts) if self.mode == "first-use" else None
             if known is None:
                 with self._alone(), memory.quiet(real.device):
                     verdict, lasting = real.on_copies()
-                if not verdict.accepted:
-                    return real.by_original(), self._keep(parts, verdict, lasting=lasting)
-                output, verdict = real.answered(verdict)
-                return output, self._keep(parts, verdict, lasting=True)
-        return real.by_kernel(known) if known.accepted else (real.by_original(), known)
+        if known is not None:
+            return real.by_kernel(known) if known.accepted else (real.by_original(), known)
+        if not verdict.accepted:
+            return real.by_original(), self._keep(parts, verdict, lasting=lasting)
+        output, verdict = real.answered(verdict)
+        return output, self._keep(parts, verdict, lasting=True)
 
     # -- verdicts --
 
@@ -193,7 +199,7 @@ class Check:
     def _keep(self, parts: tuple[Any, ...], verdict: Verdict, *, lasting: bool) -> Verdict:
         verdict = dataclasses.replace(verdict, key=keys.digest(*parts))
         self._memo[parts] = verdict
-        if self.store is not None and lasting:
+        if self.store is not None and lasting and self.store.get(verdict.key) != verdict:
             self.store.put(verdict)
         return verdict
 

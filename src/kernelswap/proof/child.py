@@ -85,7 +85,10 @@ class Contact:
             "device": str(subject.device),
             "training": run.training,
             "modules": {c: _portable(module(c)) for c in sorted({case.centre for case in cases})},
-            "cases": [(case.name, _to_cpu((case.args, dict(case.kwargs))), case.differentiable, case.centre) for case in cases],
+            "cases": [
+                (case.name, _to_cpu((case.args, dict(case.kwargs))), case.differentiable, case.thorough, case.centre)
+                for case in cases
+            ],
         }
         try:
             data = pickle.dumps(message)
@@ -276,9 +279,9 @@ def _try(message: dict[str, Any]) -> str | None:
         return f"cannot be loaded in a child process: {e.reason}"
     device = torch.device(message["device"])
     modules = {c: None if m is None else m.to(device) for c, m in message["modules"].items()}
-    for name, arguments, differentiable, centre in message["cases"]:
+    for name, arguments, differentiable, thorough, centre in message["cases"]:
         args, kwargs = pytree.tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, arguments)
-        case = Case(name, args, kwargs, differentiable=differentiable)
+        case = Case(name, args, kwargs, differentiable=differentiable, thorough=thorough)
         for want in trial.wants(case, training=message["training"]):
             labels = [str(i) for i in range(64)]
             try:

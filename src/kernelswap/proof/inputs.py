@@ -23,6 +23,9 @@ BIG = 1 << 22
 PRIME, MANY = 61, 307  # rows: enough for statistics; across the 256-row bucket and past the grain of a thread
 
 
+_PLAIN: Any = {"dtype": torch.float32, "device": "cpu"}  # whatever the caller's defaults are
+
+
 @dataclass(frozen=True, slots=True)
 class Case:
     """One call to compare."""
@@ -58,11 +61,11 @@ class Subject:
 
     def source(self, salt: int) -> torch.Generator:
         """A generator of its own for each case."""
-        return torch.Generator().manual_seed(self.seed * 1009 + salt)
+        return torch.Generator("cpu").manual_seed(self.seed * 1009 + salt)
 
     def normal(self, *shape: int, salt: int = 0, scale: float = 1.0) -> Tensor:
         """Standard normal, in the site's dtype, on its device."""
-        drawn = torch.randn(*shape, generator=self.source(salt)) * scale
+        drawn = torch.randn(*shape, generator=self.source(salt), **_PLAIN) * scale
         return drawn.to(self.device, self.dtype)
 
 
@@ -98,7 +101,7 @@ def with_parameters(subject: Subject, centre: float) -> nn.Module:
 
 
 def _draw(name: str, like: Tensor, centre: float, source: torch.Generator) -> Tensor:
-    drawn = torch.randn(tuple(like.shape), generator=source)
+    drawn = torch.randn(tuple(like.shape), generator=source, **_PLAIN)
     if like.ndim >= 2:
         return drawn / math.sqrt(like.shape[-1])
     return drawn * 0.3 if name.endswith("bias") else drawn * 0.5 + centre
@@ -134,7 +137,7 @@ def _tiny(module: nn.Module) -> float:
 def _kinds(subject: Subject, n: int, salt: int, large: float = 1e4) -> Tensor:
     """One row of each kind: (13, n)."""
     tiny = _tiny(subject.module)
-    x = torch.randn(13, n, generator=subject.source(salt))
+    x = torch.randn(13, n, generator=subject.source(salt), **_PLAIN)
     x[1] *= tiny
     x[2] *= 0.1 * tiny
     x[3] *= 1e-2
@@ -143,7 +146,7 @@ def _kinds(subject: Subject, n: int, salt: int, large: float = 1e4) -> Tensor:
     x[6] = 3.7
     x[7, n // 3] *= 300.0
     x[8] += 50.0
-    x[9] *= torch.logspace(-3, 1, n)
+    x[9] *= torch.logspace(-3, 1, n, **_PLAIN)
     x[10, : n // 2] = 0.0
     x[11] += 200.0
     x[12] += 1000.0
@@ -211,7 +214,7 @@ def gated_rows(subject: Subject) -> Iterator[Case]:
 
 def _sweep(subject: Subject) -> Tensor:
     """(64, 256), sorted: neighbours share a row, so that each row's own scale judges it (GELU against its tanh form)."""
-    return torch.linspace(-2.5, 6.0, 64 * 256).reshape(64, 256).to(subject.device, subject.dtype)
+    return torch.linspace(-2.5, 6.0, 64 * 256, **_PLAIN).reshape(64, 256).to(subject.device, subject.dtype)
 
 
 def elementwise(subject: Subject) -> Iterator[Case]:
@@ -317,7 +320,7 @@ def _heads(module: nn.Module) -> _Heads:
 
 def _angles(subject: Subject, positions: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Cos and sin (..., size) as rotary embeddings make them: both halves alike."""
-    inverse = 10000.0 ** (-torch.arange(0, size, 2).double() / size)
+    inverse = 10000.0 ** (-torch.arange(0, size, 2, dtype=torch.float64, device="cpu") / size)
     angle = positions[..., None].double() * inverse
     angle = torch.cat([angle, angle], -1)
     return angle.cos().to(subject.device, subject.dtype), angle.sin().to(subject.device, subject.dtype)
@@ -335,7 +338,8 @@ def rotary(subject: Subject) -> Iterator[Case]:
         for salt, (name, batch, tokens, first) in enumerate(
             (("13 tokens", 1, 13, 0), ("1 token", 1, 1, 4097), ("3x7 tokens", 3, 7, 100), ("no tokens", 1, 0, 0))
         ):
-            positions = first + torch.arange(tokens).expand(batch, tokens) + 11 * torch.arange(batch)[:, None]
+            positions = first + torch.arange(tokens, device="cpu").expand(batch, tokens)
+            positions = positions + 11 * torch.arange(batch, device="cpu")[:, None]
             cos, sin = _angles(subject, positions, size)
             q = subject.normal(batch, tokens, heads.q, heads.size, salt=salt)
             k = subject.normal(batch, tokens, heads.k, heads.size, salt=salt + 50)

@@ -9,7 +9,7 @@ import itertools
 import sys
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -117,24 +117,38 @@ def overlap(values: Sequence[Tensor]) -> bool:
 def quiet(device: torch.device) -> Iterator[None]:
     """The caller's random state, saved-tensor hooks, inference mode and autocast cache: as if nothing had happened inside."""
     cache = torch.is_autocast_cache_enabled()
-    index = device.index if device.index is not None else 0
-    forked = [index] if device.type in ("cuda", "xpu", "npu") else []
+    device = indexed(device)
+    forked = [device.index] if device.type in ("cuda", "xpu", "npu") else []
     try:
         torch.set_autocast_cache_enabled(False)
         with (
             torch.random.fork_rng(forked, device_type=device.type if forked else "cuda"),
             torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t),
             torch.inference_mode(False),
+            on(device),
         ):
             yield
     finally:
         torch.set_autocast_cache_enabled(cache)
 
 
+def indexed(device: torch.device) -> torch.device:
+    """`cuda` as the current `cuda:N`."""
+    index: int | None = device.index  # torch's stub says int
+    if index is None and device.type in ("cuda", "xpu", "npu"):
+        return torch.device(device.type, getattr(torch, device.type).current_device())
+    return device
+
+
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """Launches go to `device`: kernels take the current one, whatever their tensors say."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 def _generators(device: torch.device) -> list[torch.Generator]:
     found = [torch.default_generator]
     if device.type == "cuda":
-        found.append(torch.cuda.default_generators[device.index or 0])
+        found.append(torch.cuda.default_generators[indexed(device).index])
     return found
 
 

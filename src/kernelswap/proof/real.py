@@ -38,7 +38,7 @@ ROWWISE = frozenset({"rows", "gated_rows", "elementwise", "gated", "mlp"})
 def accepted(errors: trial.Errors) -> Verdict:
     """What was found, in a sentence."""
     reason = f"as accurate as the original: error {errors.kernel:.1e}, original {errors.original:.1e}"
-    if errors.reference != "float64":
+    if errors.reference != "float64" or not errors.cases:
         reason = "agrees with the original"
     return Verdict(
         accepted=True, reason=reason, error_original=errors.original, error_kernel=errors.kernel, details=_details(errors)
@@ -98,7 +98,7 @@ class Real:
         )
         self.leaves, self.spec = pytree.tree_flatten((args, dict(kwargs)))
         self.held = [t for t in self.leaves if isinstance(t, Tensor)]
-        self.device = self.held[0].device if self.held else torch.device("cpu")
+        self.device = memory.indexed(self.held[0].device if self.held else torch.device("cpu"))
         self.size = max((t.numel() for t in self.held), default=0)
         self.dim = int(kwargs.get("unsqueeze_dim", args[4] if len(args) == 5 and isinstance(args[4], int) else 1))
         self.graded = torch.is_grad_enabled()  # now: the checks run in a mode of their own
@@ -112,25 +112,21 @@ class Real:
     def by_kernel(self, verdict: Verdict) -> tuple[Any, Verdict]:
         """The kernel's answer under an accepting verdict; when it raises, the original's and a refusal."""
         try:
-            return call(self.candidate.forward, self.module, self.args, self.kwargs), verdict
+            with memory.on(self.device):
+                return call(self.candidate.forward, self.module, self.args, self.kwargs), verdict
         except Exception as e:  # noqa: BLE001  # a kernel may raise anything: the original answers, and the reason is kept
             why = f"raises {type(e).__name__}: {' '.join(str(e).split())[:300]}"
         return self.by_original(), Verdict(accepted=False, reason=why, key=verdict.key)
 
     def on_copies(self) -> tuple[Verdict, bool]:
         """Check rows of the call, and shapes derived from it. The second value: whether the verdict holds tomorrow."""
+        if (why := self.untestable()) is not None:
+            return Verdict(accepted=False, reason=f"cannot be tested: {why}"), True
+        if self.module is not None and not _can_copy(self.module):
+            return accepted(trial.Errors(reference="the original itself: its weights cannot be copied")), True
         errors, name = trial.Errors(), "this call"
-        if (stranger := next((v for v in self.leaves if not _simple(v)), None)) is not None:
-            why = f"cannot be tested: it is given a {type(stranger).__name__}, which a check cannot copy"
-            return Verdict(accepted=False, reason=why), True
-        module, own = _copy(self.module)
-        trainable = module is not None and any(p.requires_grad for p in module.parameters())
-        inputs_ = tuple(i for i, t in enumerate(self.held) if t.requires_grad)
-        if self.graded and (inputs_ or trainable):
-            self.want = Want(inputs_, parameters=trainable if own else None)
-        reference = Reference(self.original, module, self.device) if own else None
-        self.pair = trial.Pair(self.original, self.candidate.forward, module, reference, self.device)
         try:
+            self.pair = self.paired()
             for number, case in enumerate(self.cases()):
                 name = case.name
                 try:
@@ -140,7 +136,28 @@ class Real:
                         return Verdict(accepted=False, reason=f"cannot be tested: {e}"), False
         except Differs as e:
             return refused(e, errors, name), e.lasting
+        except torch.OutOfMemoryError:
+            return Verdict(accepted=False, reason=f"cannot be tested: the check ran out of memory on {name}"), False
         return accepted(errors), True
+
+    def untestable(self) -> str | None:
+        """Why this call cannot be repeated, or `None`."""
+        if (stranger := next((v for v in self.leaves if not _simple(v)), None)) is not None:
+            return f"it is given a {type(stranger).__name__}, which a check cannot copy"
+        if self.size > WHOLE and not positions(self.site.row.probe, self.leaves, self.dim):
+            return f"it is given {self.size} elements at once, and there are no rows to take from them"
+        return None
+
+    def paired(self) -> trial.Pair:
+        """Both on a copy of the module whose tensors are its own (up to `OWN` bytes)."""
+        module = None if self.module is None else _copy(self.module)
+        trainable = module is not None and any(p.requires_grad for p in module.parameters())
+        differentiable = tuple(i for i, t in enumerate(self.held) if t.requires_grad)
+        if self.graded and (differentiable or trainable):
+            self.want = Want(differentiable, parameters=trainable)
+        return trial.Pair(
+            self.original, self.candidate.forward, module, Reference(self.original, module, self.device), self.device
+        )
 
     def cases(self) -> Iterator[Case]:
         """The call, or as many of its rows as `PART` allows; then one row, 13, 13 with gaps between, none."""
@@ -149,13 +166,13 @@ class Real:
             yield self.case("this call", [_own(v) for v in self.leaves], counts=True)
         elif n:
             rows = max(1, min(n, PART // max(1, self.size // n)))
-            if (picked := self.taken(torch.linspace(0, n - 1, rows).long())) is not None:
+            if (picked := self.taken(torch.linspace(0, n - 1, rows, dtype=torch.float64, device="cpu").long())) is not None:
                 yield self.case(f"{rows} of the {n} rows of this call", picked, counts=True)
         if n < 1 or probe not in inputs.RECIPES:
             return
         few = [i * n // DERIVED for i in range(DERIVED)]
         for name, index in (("its first row alone", [0]), (f"{DERIVED} of its rows", few), ("none of its rows", [])):
-            if (picked := self.taken(torch.tensor(index, dtype=torch.long))) is not None:
+            if (picked := self.taken(torch.tensor(index, dtype=torch.long, device="cpu"))) is not None:
                 yield self.case(name, picked)
                 if index == few:
                     yield self.case(f"{name}, non-contiguous", [_strided(v) for v in picked])
@@ -175,7 +192,7 @@ class Real:
 
         This is the one extra forward that a check costs at full size. It has no gradients; above `WHOLE` it is left out.
         """
-        if self.size <= PART or self.size > WHOLE:
+        if (self.size <= PART and self.pair is not None) or self.size > WHOLE:
             return self.by_kernel(verdict)
         with memory.quiet(self.device), torch.no_grad():
             expected = [t for t in pytree.tree_leaves(self.by_original()) if isinstance(t, Tensor)]
@@ -209,7 +226,7 @@ class Real:
                 start += len(some_k)
         if why is None or self.site.row.probe not in ROWWISE or any(t.ndim < 2 for t in kernel):
             return why
-        rows = torch.tensor(sorted(set(suspects))[:SUSPECTS])
+        rows = torch.tensor(sorted(set(suspects))[:SUSPECTS], device="cpu")
         picked = self.taken(rows)
         if picked is None or self.pair is None:
             return why
@@ -231,16 +248,14 @@ def _worst(kernel: Tensor, original: Tensor) -> list[int]:
     return [int(i) for m in measures for i in m.nan_to_num(torch.inf).topk(few).indices]
 
 
-def _copy(module: nn.Module | None) -> tuple[nn.Module | None, bool]:
-    """A copy whose tensors are its own, and whether it is one; else the module itself (offloaded, sharded, very large)."""
-    if module is None:
-        return None, True
-    held = tensors(module)
-    if any(t.is_meta or type(t) not in (Tensor, nn.Parameter, nn.Buffer) for t in held.values()):
-        return module, False
-    if sum(t.untyped_storage().nbytes() for t in held.values()) > OWN:
-        return twin(module, lambda _, t: _leaf(t.detach(), t)), True
-    return twin(module, lambda _, t: _leaf(t.detach().clone(), t)), True
+def _can_copy(module: nn.Module) -> bool:
+    """Whether its tensors are all here and ordinary; offloaded, sharded and quantised ones are not."""
+    return all(not t.is_meta and type(t) in (Tensor, nn.Parameter, nn.Buffer) for t in tensors(module).values())
+
+
+def _copy(module: nn.Module) -> nn.Module:
+    heavy = sum(t.untyped_storage().nbytes() for t in tensors(module).values()) > OWN
+    return twin(module, lambda _, t: _leaf(t.detach() if heavy else t.detach().clone(), t))
 
 
 def _leaf(tensor: Tensor, like: Tensor) -> Tensor:
@@ -300,7 +315,7 @@ def take(probe: str, leaves: Sequence[Any], index: Tensor, unsqueeze_dim: int = 
             t.reshape(-1, t.shape[-1])[index.to(t.device)] if isinstance(t, Tensor) and t.ndim > 1 and t.shape[:-1] == lead else t
             for t in leaves
         ]
-    if probe == "rotary" and len(floating) >= 4 and floating[0].ndim == 4:
+    if probe == "rotary" and len(floating) >= 4 and floating[0].ndim == 4 and unsqueeze_dim in (1, 2):
         axes = [3 - unsqueeze_dim] * 2 + [floating[2].ndim - 2] * 2
         if len({t.shape[a] for t, a in zip(floating[:4], axes, strict=True)}) != 1:
             return None
@@ -316,4 +331,5 @@ def positions(probe: str, leaves: Sequence[Any], unsqueeze_dim: int = 1) -> int:
         return 0
     if probe in ROWWISE:
         return inputs.count(floating)
-    return int(floating[0].shape[3 - unsqueeze_dim]) if probe == "rotary" and floating[0].ndim == 4 else 0
+    rotary = probe == "rotary" and floating[0].ndim == 4 and unsqueeze_dim in (1, 2)
+    return int(floating[0].shape[3 - unsqueeze_dim]) if rotary else 0

@@ -188,12 +188,14 @@ class Reference:
 
 
 def _moved(value: Any, by: float, seed: int) -> Any:
-    source = torch.Generator().manual_seed(seed)
+    source = torch.Generator("cpu").manual_seed(seed)
 
     def one(t: Any) -> Any:
         if not isinstance(t, Tensor) or not t.is_floating_point() or t.numel() == 0:
             return t
-        sign = torch.randint(0, 2, (t.numel(),), generator=source, dtype=torch.int8).mul_(2).sub_(1).reshape(t.shape)
+        sign = (
+            torch.randint(0, 2, (t.numel(),), generator=source, dtype=torch.int8, device="cpu").mul_(2).sub_(1).reshape(t.shape)
+        )
         return t * (1 + by * sign.to(t.device))
 
     return pytree.tree_map(one, value)

@@ -54,7 +54,7 @@ class Pair:
         original: Callable[..., Any],
         candidate: Callable[..., Any],
         module: nn.Module | None,
-        reference: Reference | None,
+        reference: Reference,
         device: torch.device,
     ) -> None:
         self.original, self.candidate, self.module, self.reference, self.device = original, candidate, module, reference, device
@@ -206,8 +206,8 @@ class _One:
         """The reference's answer; or the original's own, with wider limits, where there is none."""
         reference, device = self.pair.reference, self.pair.device
         limits = next((TOLERANCES[t.dtype] for t in original.outputs if t.dtype in TOLERANCES), None)
-        why: str | None = "its weights cannot be copied" if reference is None else None
-        if reference is not None and limits is not None:
+        why: str | None = None
+        if limits is not None:
 
             def run(function: Callable[..., Any], args: Any, kwargs: Any) -> tuple[list[Tensor], dict[str, Tensor | None]]:
                 given = None if original.cotangents is None else widen(original.cotangents, reference.device)
@@ -222,7 +222,6 @@ class _One:
                 why = f"in float64 it raises {type(e).__name__}: {' '.join(str(e).split())[:120]}"
             if why is None:
                 return answer.to(device), 1.0
-        if why is not None:
             self.errors.reference = f"the original itself: {why}"
         outputs = [t.double() if t.is_floating_point() and t.device.type != "mps" else t for t in original.outputs]
         return Answer(outputs, dict(original.gradients), None, {}), 4.0
