@@ -139,7 +139,7 @@ def test_a_mapping_that_makes_no_sense_registers_nothing(kernels, repo):
 
 @pytest.mark.parametrize("mode", ["FALLBACK", "TORCH_COMPILE"])
 def test_kernelize_wants_to_know_whether_it_infers_or_trains(kernels, norm, mode):
-    with pytest.raises(ValueError, match="INFERENCE or Mode.TRAINING"):
+    with pytest.raises(ValueError, match=r"INFERENCE or Mode\.TRAINING"):
         kernels.kernelize(norm(), mode=getattr(kernels.Mode, mode))
 
 

@@ -53,7 +53,9 @@ PUBLIC = [
 
 def run(code, **env):
     given = {**os.environ, "PYTHONPATH": os.pathsep.join([p for p in sys.path if p]), "OMP_NUM_THREADS": "1", **env}
-    return subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, env=given, timeout=200)
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, env=given, timeout=200, check=False
+    )
 
 
 def test_uninstall_leaves_no_trace():

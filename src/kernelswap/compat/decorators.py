@@ -105,7 +105,13 @@ def _instance(function: Callable[..., Any], layer_name: str, condition: Conditio
             "has_backward": getattr(function, "has_backward", True),
             "__module__": getattr(function, "__module__", __name__),
             "__doc__": function.__doc__,
+            "__reduce__": _by_name,
         },
     )()
     made.__dict__.update(__name__=name, __qualname__=getattr(function, "__qualname__", name), __wrapped__=function)
     return made  # type: ignore[no-any-return]  # a module of a class made here
+
+
+def _by_name(made: Any) -> str:
+    """Pickled and copied as the function was: by the name under which its module has it."""
+    return str(made.__qualname__)
