@@ -251,7 +251,8 @@ def test_a_copy_has_kernels_and_can_be_given_back_by_itself(qwen, installed):
 
 def test_a_pickled_model_comes_back_as_the_original(qwen):
     model = qwen(use_kernels=True)
-    if any("_kernel_funcs" in vars(m) for m in model.modules()):
+    functions = [f for m in model.modules() for f in vars(m).get("_kernel_funcs", {}).values()]
+    if any("<locals>" in type(f).__qualname__ for f in functions):
         pytest.skip("`kernels` put functions into the model that cannot be pickled, with us or without")
     expected = logits(model)
     loaded = pickle.loads(pickle.dumps(model))
