@@ -5,6 +5,7 @@ What a kernel depends on comes before it; bundled kernels with sources are compi
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,7 @@ from . import policy as policies
 from .audit import Audit
 from .background import Background
 from .errors import BuildFailed, KernelSwapError, NoVariant, SpecError, UnknownKernel
+from .job import Job
 from .lock import Lock
 from .policy import Policy
 from .resolve import resolve
@@ -104,6 +106,7 @@ class Provider:
         self.verifiers = tuple(_verifiers(environment, self.sources.get("hub"), policy, lock) if verifiers is None else verifiers)
         self.store = store or Store(environment.cache)
         self.audit = Audit(self.store.cache / "audit.jsonl")
+        self._job = Job.of(self.store.cache, environment.job)
         self._machine = machine
         self._lock = threading.RLock()
         self._background = Background()
@@ -162,7 +165,8 @@ class Provider:
         with self._lock:
             self._terms = terms or Terms()
             try:
-                return self._artifact(self._node(requirement, _machine_for(self.machine, device), device))
+                with self._turn(requirement):
+                    return self._artifact(self._node(requirement, _machine_for(self.machine, device), device))
             finally:
                 self._terms = Terms()
 
@@ -224,9 +228,20 @@ class Provider:
         if self._terms.progress is not None:
             self._terms.progress(step, done, total)
 
-    def _resolve(self, requirement: Requirement, machine: Machine, device: str | None) -> Resolution:
-        source = self._source(requirement)
-        candidates, notes = source.find(requirement)
+    def _turn(self, requirement: Requirement) -> contextlib.AbstractContextManager[None]:
+        """For what is on a hub, one process of a job at a time."""
+        return self._job.turn(requirement) if self._job is not None and requirement.source == "hub" else contextlib.nullcontext()
+
+    def _resolve(self, requirement: Requirement, machine: Machine, device: str | None, *, agree: bool = False) -> Resolution:
+        source, job = self._source(requirement), self._job if agree and requirement.source == "hub" else None
+        agreed = job.agreed(requirement) if job is not None else None
+        if agreed is not None:
+            found, notes = source.find(agreed)
+            candidates: Sequence[Candidate] = tuple(replace(c, requirement=requirement) for c in found)
+        else:
+            candidates, notes = source.find(requirement)
+            if job is not None:
+                job.agree(requirement, candidates)
         # a device says nothing about another backend's builds, and cpu builds have no architectures
         on = device if device is not None and device != "cpu" else None
         return resolve(requirement, candidates, machine, lambda c: _metadata(source, c), device=on, notes=notes)
@@ -241,7 +256,7 @@ class Provider:
 
     def _node(self, requirement: Requirement, machine: Machine, device: str | None) -> Node:
         def find(wanted: Requirement) -> Resolution:
-            found = self._resolve(wanted, machine, device)
+            found = self._resolve(wanted, machine, device, agree=True)
             if found.chosen is None and wanted.source == "bundled" and self._compiled(wanted, machine):
                 found = self._resolve(wanted, machine, device)
             if found.chosen is None:

@@ -12,6 +12,9 @@ from ..errors import TableError
 DEFAULT_ENDPOINT = "https://huggingface.co"
 _TRUE = {"1", "ON", "YES", "TRUE"}
 _FALSE = {"", "0", "OFF", "NO", "FALSE"}
+_JOB = (
+    "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "SLURM_JOB_ID", "SLURM_STEP_ID",
+)  # fmt: skip  # one glance is enough for a list of names
 _ENTRY = re.compile(r"\s*([^=\s]+)\s*=\s*(\S.*?)\s*")
 # `:` separates entries, except after a drive letter: `org/a=C:\x:org/b=D:\y`.
 _BETWEEN = re.compile(r";|(?<![=;:][A-Za-z]):|:(?![\\/])")
@@ -39,6 +42,8 @@ class Environment:
     """LOCAL_KERNELS: (repository, directory that stands in for it)."""
     disabled: str | None = None
     """Why no kernel may be used at all (USE_HUB_KERNELS, DISABLE_KERNEL_MAPPING), or None."""
+    job: tuple[tuple[str, str], ...] = ()
+    """What a launcher calls the job of several processes that this is one of: (variable, value); empty for a process alone."""
 
     @classmethod
     def read(cls, environ: Mapping[str, str]) -> Environment:
@@ -63,6 +68,7 @@ class Environment:
             telemetry=not any(map(environ.get, ("HF_HUB_DISABLE_TELEMETRY", "DISABLE_TELEMETRY", "DO_NOT_TRACK"))),
             local_kernels=local,
             disabled=_disabled(environ),
+            job=_job(environ),
         )
 
 
@@ -109,6 +115,12 @@ def _disabled(environ: Mapping[str, str]) -> str | None:
     if environ.get("DISABLE_KERNEL_MAPPING", "").strip().upper() not in _FALSE:
         return f"DISABLE_KERNEL_MAPPING is {environ['DISABLE_KERNEL_MAPPING']}"
     return None
+
+
+def _job(environ: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    several = re.fullmatch(r"\s*0*([2-9]|[1-9][0-9]+)\s*", environ.get("WORLD_SIZE", "")) is not None
+    ranked = "RANK" in environ or "LOCAL_RANK" in environ
+    return tuple((name, environ[name]) for name in _JOB if name in environ) if several and ranked else ()
 
 
 def _local_kernels(text: str, problems: list[str]) -> tuple[tuple[str, Path], ...]:
