@@ -98,3 +98,13 @@ def test_info_says_what_the_metadata_says(cli, hub, make_repo):
     root = make_repo("here", {"torch-cpu": "x = 1"})
     said = cli("info", root)[1]
     assert (said["path"], said["name"], said["fits"]) == (str(root), "here", "torch-cpu")
+
+
+def test_verify_signature_says_that_a_build_is_not_signed(cli, hub):
+    published(hub, variants=("torch-cpu", "torch-cuda"))
+    code, said = cli("verify-signature", "org/demo", "1")
+    assert (code, said["wrong"], [row["variant"] for row in said["builds"]]) == (1, 1, ["torch-cpu"])
+    assert "not signed" in said["builds"][0]["wrong"][0]
+    assert any("match their sha256" in line for line in said["builds"][0]["evidence"])
+    assert len(cli("verify-signature", "org/demo", "1", "--all-variants")[1]["builds"]) == 2
+    assert cli("verify-signature", "org/demo", "1", "--filter-unsigned")[1]["builds"] == []

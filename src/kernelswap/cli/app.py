@@ -72,7 +72,7 @@ def build() -> typer.Typer:
         pass
 
     for name in sorted(m.name for m in pkgutil.iter_modules(verbs.__path__)):
-        add(app, name, importlib.import_module(f"{verbs.__name__}.{name}"))
+        add(app, name.replace("_", "-"), importlib.import_module(f"{verbs.__name__}.{name}"))
     return app
 
 
