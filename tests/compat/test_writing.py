@@ -108,3 +108,18 @@ def test_verify_signature_says_that_a_build_is_not_signed(cli, hub):
     assert any("match their sha256" in line for line in said["builds"][0]["evidence"])
     assert len(cli("verify-signature", "org/demo", "1", "--all-variants")[1]["builds"]) == 2
     assert cli("verify-signature", "org/demo", "1", "--filter-unsigned")[1]["builds"] == []
+
+
+def test_what_serves_a_model_is_locked_with_its_digests(make_repo, make_swapper):
+    from tests.swapping import model, repository, rows
+
+    from kernelswap.compat import writing
+
+    swapper = make_swapper()
+    outcomes = swapper.plan(model(), table=rows(repository(make_repo)), inherit=False)
+    made = writing.of_model(outcomes)
+    assert [(e.source, [b.variant for b in e.builds]) for e in made.entries] == [("dir", ["torch-cpu"])]
+    assert locks.parse(made.dumps()) == made
+    artifact = swapper.artifact(made.entries[0].asked)
+    assert made.entries[0].builds[0].tree == artifact.digest
+    assert writing.of_model((), made) == made

@@ -14,7 +14,7 @@ from .. import metadata as metadata_file
 from .. import spec, tree
 from ..errors import TableError, UnknownKernel
 from ..lock import Lock, Locked, LockedBuild
-from ..types import Candidate, Progress, Requirement, Source
+from ..types import Candidate, Outcome, Progress, Requirement, Source, Swap
 
 if TYPE_CHECKING:
     from ..api import Swapper
@@ -94,12 +94,40 @@ def make(
     return made
 
 
-def write(lock: Lock, folder: Path) -> tuple[Path, Path]:
-    """`kernels.lock` for other loaders and `kernelswap.lock` with the digests, in `folder`."""
-    theirs, ours = folder / THEIRS, folder / OURS
-    theirs.write_text(lock.dumps_kernels(), encoding="utf-8")
-    ours.write_text(lock.dumps(), encoding="utf-8")
-    return theirs, ours
+def of_model(outcomes: Iterable[Outcome], former: Lock | None = None) -> Lock:
+    """A lock of every kernel that serves a site of a model, bundled ones included, and of what these depend on.
+
+    Entries of `former` for other kernels stay.
+    """
+    made = former or Lock()
+    for outcome in outcomes:
+        for choice in (outcome.inference, outcome.training) if isinstance(outcome, Swap) else ():
+            left = [choice.implementation.origin] if choice.implementation is not None else []
+            while left:
+                artifact = left.pop()
+                left += artifact.depends
+                found, asked_for = artifact.candidate, artifact.candidate.requirement
+                build = LockedBuild(found.variant, tree=artifact.digest, files=tuple(tree.hashes(artifact.path).items()))
+                made = made.with_entry(
+                    Locked(
+                        found.name,
+                        found.commit,
+                        asked_for.source,
+                        asked_for.version,
+                        asked_for.revision,
+                        asked_for.constraints,
+                        (build,),
+                    )
+                )
+    return made
+
+
+def write(lock: Lock, folder: Path, *, theirs: bool = True) -> list[Path]:
+    """`kernelswap.lock` with the digests, and with `theirs` `kernels.lock` for other loaders, in `folder`."""
+    texts = {**({THEIRS: lock.dumps_kernels()} if theirs else {}), OURS: lock.dumps()}
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    return [folder / name for name in texts]
 
 
 def former(folder: Path) -> Lock | None:
