@@ -175,14 +175,14 @@ class Switch:
 
     def _progress(self, step: str, done: float, total: float) -> None:
         if step.startswith("compile") and done < total:
-            self._say(f"{step}: once on this machine, this takes a moment", level=logging.INFO)
+            self._say(f"compiling {step.removeprefix('compile ')} for this machine; this happens once, and takes a moment")
 
-    def _say(self, line: str, *, level: int = logging.WARNING) -> None:
+    def _say(self, line: str) -> None:
         """Each line once in a process: forty models that lack a kernel for one reason say so once."""
         with self._lock:
             if line not in self._said:
                 self._said.add(line)
-                log.log(level, line)
+                log.warning(line)
 
 
 def _live(mode: Any) -> Mode | None:
@@ -220,13 +220,12 @@ def lines(outcomes: Sequence[Outcome], named: set[str]) -> list[str]:
             key = (text.removesuffix(f":{asked.layer}") if asked.layer else text), why, kept
             layers = grouped.setdefault(key, {})
             layers[outcome.site.layer] = layers.get(outcome.site.layer, 0) + 1
-    return [
-        f"{kernel} {why}" * why.startswith(_FINDINGS)
-        + f"{kernel}: {why}" * (not why.startswith(_FINDINGS))
-        + f"; {', '.join(f'{layer} ({count})' for layer, count in layers.items())} "
-        + ("stays PyTorch's own" if kept else "is served by another kernel")
-        for (kernel, why, kept), layers in grouped.items()
-    ]
+    found = []
+    for (kernel, why, kept), layers in grouped.items():
+        finding = f"{kernel} {why}" if why.startswith(_FINDINGS) else f"{kernel}: {why}"
+        where = ", ".join(f"{layer} ({count})" for layer, count in layers.items())
+        found.append(f"{finding}; {'PyTorch goes on' if kept else 'another kernel serves'} for {where}")
+    return found
 
 
 _NO_NEWS = ("is for ", "is registered for ")
