@@ -103,7 +103,8 @@ class Check:
             if known is not None:
                 return known
             subject = Subject(site, module, original, device, dtype, self.seed)
-            with self._alone(), memory.quiet(device), alone(device):
+            light = site.kind == "function" or memory.light(module)
+            with self._alone(), memory.quiet(device), alone(device), memory.one_thread(wanted=light):
                 try:
                     verdict, lasting = self._random(subject, candidate, run, recipe(subject))
                 except Exception as e:  # noqa: BLE001  # whatever stands in the way of a proof: the original stays, with this reason
@@ -178,7 +179,11 @@ class Check:
         with self._lock:  # one check at a time: they seed the generators. Never held while a real module is called
             known = self._known(parts) if self.mode == "first-use" else None
             if known is None:
-                with self._alone(), memory.quiet(real.device):
+                with (
+                    self._alone(),
+                    memory.quiet(real.device),
+                    memory.one_thread(wanted=real.module is None or memory.light(module)),
+                ):
                     verdict, lasting = real.on_copies()
         if known is not None:
             return real.by_kernel(known) if known.accepted else (real.by_original(), known)

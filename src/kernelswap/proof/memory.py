@@ -7,6 +7,7 @@ import functools
 import gc
 import itertools
 import sys
+import threading
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -25,6 +26,8 @@ _EMPTY = {
     torch.ops.aten.new_empty,
     torch.ops.aten.new_empty_strided,
 }
+LIGHT = 1 << 24
+"""Bytes of module state up to which it is compared after every call, and computed with in one thread."""
 CALLS = 24  # of a steady kernel, over which a leak of its output's size in C must show
 
 
@@ -92,6 +95,11 @@ def _plain(value: Any) -> bool:
 
 
 _PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
+
+
+def light(module: torch.nn.Module) -> bool:
+    """Whether the weights are few."""
+    return sum(p.numel() * p.element_size() for p in module.parameters()) <= LIGHT
 
 
 def storages(values: Iterable[Tensor | None]) -> set[int]:
@@ -166,6 +174,52 @@ def settle(device: torch.device) -> None:
     """Wait, so that an error of a launch is raised where it belongs."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+_user = threading.local()
+
+
+def _user_count() -> int:
+    count: int = getattr(_user, "count", 0)
+    return count
+
+
+@contextmanager
+def one_thread(*, wanted: bool) -> Iterator[None]:
+    """What we compute on small tensors runs in this thread alone.
+
+    On a busy machine each parallel region waits for threads that are not scheduled, and a check has thousands.
+    """
+    count = torch.get_num_threads()
+    if not wanted or count == 1 or _user_count() or not _threads_can_change():
+        yield
+        return
+    _user.count = count
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(count)
+        _user.count = 0
+
+
+@contextmanager
+def users_threads() -> Iterator[None]:
+    """The kernel runs as it will run for the user: its threads are part of what is checked."""
+    count = _user_count()
+    if not count:
+        yield
+        return
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(1)
+
+
+@functools.cache
+def _threads_can_change() -> bool:
+    return "ATen parallel backend: OpenMP" in torch.__config__.parallel_info()  # others take a number once
 
 
 # -- what stays ---------------------------------------------------------------------------------------------------

@@ -22,9 +22,6 @@ from .inputs import Case
 from .reference import Answer, Reference, tensors, widen
 from .tolerance import TOLERANCES, Finding, compare
 
-LIGHT = 1 << 24
-"""Bytes of module state up to which it is compared after every call, not only after every case."""
-
 
 class Skip(Exception):
     """The original itself cannot do this case."""
@@ -62,7 +59,7 @@ class Pair:
         self.state = memory.Untouched(held)
         self.seen = False
         """Whether the original was watched on its own state once."""
-        self.light = sum(t.untyped_storage().nbytes() for t in self.state.held.values()) <= LIGHT
+        self.light = sum(t.untyped_storage().nbytes() for t in self.state.held.values()) <= memory.LIGHT
 
     def intact(self) -> None:
         """Raises `Differs` when the module's own tensors changed."""
@@ -179,6 +176,7 @@ class _One:
                 stack.enter_context(torch.inference_mode() if inference else torch.no_grad())
             if mode is not None:
                 stack.enter_context(mode)
+            stack.enter_context(memory.users_threads())
             result = guarded(
                 lambda: call(
                     function or self.pair.candidate,
@@ -305,7 +303,7 @@ def memory_kept(pair: Pair, case: Case) -> None:
 
     def ask() -> Result:
         fresh = pytree.tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, (case.args, dict(case.kwargs)))
-        with torch.no_grad():
+        with torch.no_grad(), memory.users_threads():
             return call(pair.candidate, pair.module, fresh, pair.device)
 
     if found := memory.leak(lambda: guarded(ask), pair.device):
