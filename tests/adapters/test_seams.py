@@ -23,6 +23,8 @@ def everything():
     assert transformers.KernelConfig
     getattr(transformers, "kernelize", None)  # since 5.15; looked up now, so that it is not new later
     found = {("class", k): v for k, v in vars(transformers.modeling_utils.PreTrainedModel).items()}
+    for cls in (transformers.AutoModel, transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText):
+        found |= {(cls.__name__, k): v for k, v in vars(cls).items()}
     for name in WATCHED:
         found |= {(name, k): v for k, v in vars(sys.modules[name]).items()}
     return found
@@ -35,7 +37,7 @@ def test_uninstall_gives_every_attribute_back():
     taken = everything()
     changed = {key for key in before if taken.get(key) is not before[key]}
     assert {("class", "from_pretrained"), ("class", "use_kernels"), ("transformers", "KernelConfig")} <= changed
-    assert (seams.HUB_KERNELS, "get_kernel") in changed
+    assert {(seams.HUB_KERNELS, "get_kernel"), ("AutoModelForCausalLM", "from_pretrained")} <= changed
     kernelswap.uninstall()
     assert not kernelswap.installed()
     after = everything()
@@ -133,6 +135,8 @@ assert not newer or real.kernelize.__module__ == "transformers.integrations.hub_
 import sys
 for name in ("transformers.modeling_utils", "transformers.utils.kernel_config"):
     assert type(sys.modules[name].__spec__.loader).__name__ == "SourceFileLoader", name
+for cls in (real.PreTrainedModel, real.AutoModel, real.AutoModelForCausalLM):
+    assert "kernelswap" not in cls.from_pretrained.__code__.co_filename, cls
 print("fine")
 """
 

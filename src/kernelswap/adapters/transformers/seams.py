@@ -23,7 +23,7 @@ from .switch import Switch, log
 
 MODELING, AUTO, HUB_KERNELS, CONFIG = (
     "transformers.modeling_utils",
-    "transformers.models.auto.auto_factory",
+    "transformers.models.auto.modeling_auto",
     "transformers.integrations.hub_kernels",
     "transformers.utils.kernel_config",
 )
@@ -35,8 +35,12 @@ TOUCHED: tuple[tuple[str, str, str], ...] = (
     (MODELING, "PreTrainedModel.use_kernels", "says whether they are on; False switches them off"),
     (MODELING, "PreTrainedModel.train", "does not decide anew: slots follow the mode by themselves"),
     (MODELING, "PreTrainedModel.kernelize", "a method again, where a release has none"),
-    (AUTO, "_BaseAutoModelClass.from_pretrained", "sees attn_implementation before it goes into a configuration; private"),
-    (AUTO, "_BaseAutoModelClass.from_config", "the same"),
+    (
+        AUTO,
+        "AutoModelForCausalLM.from_pretrained",
+        "sees attn_implementation before it is in a configuration; so do all Auto classes",
+    ),
+    (AUTO, "AutoModelForCausalLM.from_config", "the same"),
     (CONFIG, "KernelConfig", "is ours"),
     (HUB_KERNELS, "kernelize", "is ours"),
     (HUB_KERNELS, "get_kernel", "loads through us"),
@@ -126,11 +130,13 @@ class Seams:
         return load
 
     def _auto(self, module: ModuleType) -> None:
-        cls = getattr(module, "_BaseAutoModelClass", None)
-        for name in ("from_pretrained", "from_config") if cls is not None else ():
-            found = vars(cls).get(name)
-            if isinstance(found, classmethod):
-                self.patches.put(cls, name, classmethod(self._auto_loader(found.__func__)))
+        # Each class has its own copy of the two; a copy that was made of ours would outlive `close`. So the classes are taken
+        # over when they exist, and never what they are copied from.
+        for cls in [one for one in vars(module).values() if isinstance(one, type) and one.__name__.startswith("Auto")]:
+            for name in ("from_pretrained", "from_config"):
+                found = vars(cls).get(name)
+                if isinstance(found, classmethod):
+                    self.patches.put(cls, name, classmethod(self._auto_loader(found.__func__)))
 
     def _auto_loader(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
