@@ -4,7 +4,7 @@ import os
 
 import pytest
 from tests.hub import Hub, kernel_files
-from tests.kernels import layers_build, native_build  # noqa: F401  # fixtures
+from tests.kernels import layers_alone, layers_build, native_build  # noqa: F401  # fixtures
 
 
 @pytest.fixture(scope="session")

@@ -157,13 +157,14 @@ def _entry(artifact: Artifact, files: Mapping[str, str]) -> str:
 def _refuse_shared_ops(artifact: Artifact) -> None:
     """`torch.ops.<id>` exists once. A second library that registers there ends the process, so it is not opened."""
     id_ = artifact.metadata.id
-    other = next((k.artifact for k in list(_loaded.values()) if k.artifact.metadata.id == id_), None)
     torch = sys.modules.get("torch")
-    if other is None or torch is None:
+    if torch is None:
         return
     if any(op.startswith(id_ + "::") for op in torch._C._dispatch_get_all_op_names()):  # noqa: SLF001  # there is no public list
+        other = next((k.artifact for k in list(_loaded.values()) if k.artifact.metadata.id == id_), None)
+        owner = f"{_named(other)} with digest {other.digest[:12]}" if other else "something else in this process"
         raise LoadFailed(
-            f"its operators would be torch.ops.{id_}, which {_named(other)} with digest {other.digest[:12]} has registered",
+            f"its operators would be torch.ops.{id_}, which {owner} has registered",
             asked=f"{_named(artifact)} with digest {artifact.digest[:12]}",
             todo="Load it in a process of its own.",
         )

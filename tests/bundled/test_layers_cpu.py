@@ -26,8 +26,8 @@ LAYERS = ("RMSNorm", "RMSNormZeroCentered", "LayerNorm", "SwiGLUMLP", "GeGLUMLP"
 
 
 @pytest.fixture(scope="module")
-def kernel(layers_build):
-    return load(layers_build)
+def kernel(layers_alone):
+    return load(layers_alone)
 
 
 @pytest.fixture(scope="module")
@@ -36,17 +36,17 @@ def ops(kernel):
     return kernel.functional.ops
 
 
-def instruction_sets(layers_build):
-    (library,) = layers_build.glob("*.so")
+def instruction_sets(layers_alone):
+    (library,) = layers_alone.glob("*.so")
     choose = ctypes.CDLL(str(library)).kernels_isa
     choose.restype, choose.argtypes = ctypes.c_char_p, (ctypes.c_char_p,)
     return choose
 
 
 @pytest.fixture(params=["baseline", "avx2", "avx512"])
-def isa(request, layers_build):
+def isa(request, layers_alone):
     """Every kernel compiled for another instruction set; back to the widest afterwards."""
-    choose = instruction_sets(layers_build)
+    choose = instruction_sets(layers_alone)
     if choose(request.param.encode()).decode() != request.param:
         pytest.skip(f"this processor has no {request.param}")
     yield request.param
@@ -237,10 +237,10 @@ def test_gradients_are_those_of_the_original(kernel, index):
         torch.testing.assert_close(mine, eager, rtol=1e-4, atol=1e-4)
 
 
-def test_every_layer_fits_the_contract(kernel, layers_build):
-    meta = metadata.parse((layers_build / "metadata.json").read_bytes())
-    candidate = Candidate(Requirement("kernelswap/layers"), "bundled", "layers", "0", layers_build.name)
-    loaded = Kernel(Artifact(candidate, layers_build, "0" * 64, meta), kernel)
+def test_every_layer_fits_the_contract(kernel, layers_alone):
+    meta = metadata.parse((layers_alone / "metadata.json").read_bytes())
+    candidate = Candidate(Requirement("kernelswap/layers"), "bundled", "layers", "0", layers_alone.name)
+    loaded = Kernel(Artifact(candidate, layers_alone, "0" * 64, meta), kernel)
     for name, module in originals():
         found = contract.implementation(loaded, name)
         assert found.backward

@@ -60,3 +60,13 @@ def native_build(tmp_path_factory):
 @pytest.fixture(scope="session")
 def layers_build(tmp_path_factory):
     return compiled(LAYERS, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def layers_alone(tmp_path_factory):
+    """The bundled CPU layers under an id of their own: opened here directly, they must not meet those that a Swapper loads."""
+    own = tmp_path_factory.mktemp("sources") / "layers_alone"
+    shutil.copytree(LAYERS, own, ignore=shutil.ignore_patterns("__pycache__", "build"))
+    with (own / "build.toml").open("a") as file:
+        file.write("# for tests that open the build without a loader\n")
+    return compiled(own, tmp_path_factory)
