@@ -181,6 +181,19 @@ def test_under_autocast_both_are_asked_under_it():
     assert 1e-4 < verdict.error_original < 0.1
 
 
+def test_a_proof_on_random_tensors_knows_no_autocast(norm):
+    seen = set()
+
+    def kernel(self, x):
+        seen.add(torch.is_autocast_enabled("cpu"))
+        return fused(self, x)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        assert Check(None).equivalent(site(norm, "rows"), norm, LlamaRMSNorm.forward, implementation(kernel), Run()).accepted
+        assert torch.is_autocast_enabled("cpu")
+    assert seen == {False}
+
+
 def test_gradient_checkpointing_recomputes_what_it_saw(norm):
     check = Check(None)
     served = SimpleNamespace(verdict=None)

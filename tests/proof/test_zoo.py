@@ -23,6 +23,7 @@ SAYS = {  # what the reason must name, where "differs in output" is not the poin
     "changes_its_weight": ("changes the module's weight",),
     "returns_its_input": ("in place", "memory of its input"),
     "returns_a_stale_buffer": ("same memory from two calls", "result of an earlier call"),
+    "returns_a_stale_gradient": ("same memory from two calls",),
     "leaks": ("leaks memory",),
     "raises_when_there_is_much": ("raises RuntimeError: CUDA error",),
     "raises_on_nothing": ("raises ZeroDivisionError", "no rows"),

@@ -567,6 +567,32 @@ def adds_to_memory_that_it_did_not_clear():
 
 
 @wrong("llama")
+def reads_a_workspace_that_it_did_not_clear():
+    def forward(self, hidden_states):
+        workspace = torch.empty(977, dtype=torch.float32, device=hidden_states.device)
+        zero = (workspace[:1] * 0).nan_to_num(nan=0.5, posinf=0.5)  # a number as good as any
+        return _rms(hidden_states, self.weight, self.variance_epsilon) + zero.to(hidden_states.dtype)
+
+    return forward
+
+
+@wrong("llama", training=True)
+def returns_a_stale_gradient():
+    held = {}
+
+    class Wrong(torch.autograd.Function):
+        forward = _Fused.forward
+
+        @staticmethod
+        def backward(ctx, dy):
+            dx, dw, _ = _Fused.backward(ctx, dy)
+            key = dx.shape, dx.dtype
+            return held.setdefault(key, torch.empty_like(dx)).copy_(dx), dw, None
+
+    return lambda self, hidden_states: Wrong.apply(hidden_states, self.weight, self.variance_epsilon)
+
+
+@wrong("llama")
 def draws_random_numbers():
     def forward(self, hidden_states):
         torch.rand(1, device=hidden_states.device)
