@@ -30,10 +30,11 @@ def clean(monkeypatch):
     import builtins
 
     before = set(sys.modules)
+    packages = set(loader._finder.packages)  # what other tests of this process loaded stays importable
     monkeypatch.setattr(loader, "_loaded", {})
     monkeypatch.setattr(builtins, "kernel_runs", 0, raising=False)
     yield
-    for name in list(loader._finder.packages):
+    for name in set(loader._finder.packages) - packages:
         loader._forget(name)
     assert not [m for m in set(sys.modules) - before if m.startswith("_my_norm")]
 

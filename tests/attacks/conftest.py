@@ -45,12 +45,13 @@ class World:
 
 @pytest.fixture
 def world(tmp_path, monkeypatch):
+    packages = set(loader._finder.packages)  # what other tests of this process loaded stays importable
     monkeypatch.setattr(loader, "_loaded", {})
     monkeypatch.setattr(builtins, "attacked", False, raising=False)
     world = World(tmp_path)
     before = set(sys.modules)
     yield world
-    for name in list(loader._finder.packages):
+    for name in set(loader._finder.packages) - packages:
         loader._forget(name)
     assert builtins.attacked is False
     assert not {m for m in set(sys.modules) - before if m.startswith("_my_norm")}
