@@ -94,7 +94,6 @@ def dependency(name: str) -> ModuleType:
     return found[0]
 
 
-_NATIVE = frozenset({".so", ".dylib", ".pyd", ".dll"})
 _loaded: dict[str, Kernel] = {}
 _locks: dict[str, threading.RLock] = {}  # type: ignore[valid-type,unused-ignore]  # RLock is a function before 3.13
 _registry_lock = threading.Lock()
@@ -163,7 +162,7 @@ def _refuse_shared_ops(artifact: Artifact) -> None:
         return
     if any(op.startswith(id_ + "::") for op in torch._C._dispatch_get_all_op_names()):  # noqa: SLF001  # there is no public list
         other = next((k.artifact for k in list(_loaded.values()) if k.artifact.metadata.id == id_), None)
-        if other is None and not any(p.suffix in _NATIVE for p in artifact.path.rglob("*")):
+        if other is None and not any(p.name.endswith(_NATIVE) for p in artifact.path.rglob("*")):
             return  # Python that registers where somebody else does raises by itself
         owner = f"{_named(other)} with digest {other.digest[:12]}" if other else "something else in this process"
         raise LoadFailed(
