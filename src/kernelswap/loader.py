@@ -136,7 +136,7 @@ def _forget(name: str) -> None:
         _finder.packages.pop(name, None)
         if not _finder.packages:
             sys.meta_path[:] = [finder for finder in sys.meta_path if finder is not _finder]
-    for module in [m for m in list(sys.modules) if m == name or m.startswith(name + ".")]:
+    for module in [m for m in sys.modules.copy() if m == name or m.startswith(name + ".")]:
         del sys.modules[module]
 
 

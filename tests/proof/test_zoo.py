@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.proof.zoo import FLOATS, ORIGINALS, RIGHT, WRONG, Specimen, prove
+from tests.proof.zoo import FLOATS, ORIGINALS, RIGHT, WRONG, Specimen, implementation, prove, site
 
 from kernelswap.proof import Check
+from kernelswap.types import Run
 
 SAYS = {  # what the reason must name, where "differs in output" is not the point
     "accumulates_in_sixteen_bits": ("common factor", "differs in output"),
@@ -72,3 +73,24 @@ def test_the_original_stands_in_for_itself(name, dtype):
         assert dict(verdict.details)["reference"] == "float64"
         assert verdict.error_kernel == pytest.approx(verdict.error_original, rel=0.5)
         assert verdict.error_original < 40 * torch.finfo(dtype).eps
+
+
+def test_an_output_in_the_memory_of_a_weight_is_refused():
+    class Row(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.randn(64))
+
+        def forward(self, x):
+            return self.weight.expand(*x.shape[:-1], 64).clone()
+
+    module = Row()
+    kernel = implementation(lambda self, x: self.weight.detach().repeat(*x.shape[:-1], 1))
+    assert Check(None).equivalent(site(module, "rows"), module, Row.forward, kernel, Run()).accepted
+    lazy = implementation(lambda self, x: self.weight.detach().expand(*x.shape[:-1], 64))
+    single = implementation(
+        lambda self, x: self.weight.view(1, 1, 64) if x.numel() == 64 else self.weight.repeat(*x.shape[:-1], 1)
+    )
+    for candidate in (lazy, single):
+        verdict = Check(None).equivalent(site(module, "rows"), module, Row.forward, candidate, Run())
+        assert "not contiguous" in verdict.reason or "memory of its input or of the module" in verdict.reason, verdict.reason

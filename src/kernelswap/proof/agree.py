@@ -40,8 +40,8 @@ def name(result: Result, i: int) -> str:
     return "output" if len(result.outputs) == 1 else f"output {i}"
 
 
-def structure(kernel: Result, original: Result, held: Sequence[Tensor]) -> None:
-    """What comes back has the shape and the memory that the original's has.
+def structure(kernel: Result, original: Result, owned: Sequence[Tensor]) -> None:
+    """What comes back has the shape and the memory that the original's has. `owned`: the inputs and the module's own tensors.
 
     Raises:
         Differs: it has not.
@@ -59,9 +59,9 @@ def structure(kernel: Result, original: Result, held: Sequence[Tensor]) -> None:
                 raise Differs(f"gives {name(original, i)} the {what} {mine}, the original {theirs}")
         if o.is_contiguous() and not k.is_contiguous():
             raise Differs(f"gives a {name(original, i)} that is not contiguous (strides {k.stride()}); the original's is")
-    inputs = memory.storages(held)
+    inputs = memory.storages(owned)
     if inputs & memory.storages(kernel.outputs) and not inputs & memory.storages(original.outputs):
-        raise Differs("returns memory of its input, which the original does not")
+        raise Differs("returns memory of its input or of the module, which the original does not")
     if memory.overlap(kernel.outputs) and not memory.overlap(original.outputs):
         raise Differs("returns tensors that share memory with each other")
 

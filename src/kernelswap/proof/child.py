@@ -163,6 +163,9 @@ class _Child:
             self.process.wait()
             code, words = self.process.returncode, self._last_words()
             return f"ends the process with {_signal(code)} (tried in a child process){f': {words}' if words else ''}"
+        if isinstance(said, tuple):
+            self.kill()
+            return str(said[0])
         return said if isinstance(said, str) else None
 
     def kill(self) -> None:
@@ -264,7 +267,11 @@ def main() -> None:
     os.dup2(2, 1)  # what a kernel prints must not look like an answer
     _send(channel, pickle.dumps("ready"))
     for data in _receive(sys.stdin.buffer):
-        _send(channel, pickle.dumps(_try(pickle.loads(data))))  # noqa: S301  # from our parent
+        try:
+            answer: Any = _try(pickle.loads(data))  # noqa: S301  # from our parent
+        except _Broken as e:
+            answer = (str(e),)  # a last answer: the parent starts another child
+        _send(channel, pickle.dumps(answer))
 
 
 def _try(message: dict[str, Any]) -> str | None:
@@ -288,7 +295,19 @@ def _try(message: dict[str, Any]) -> str | None:
                 with torch.no_grad() if want is None else contextlib.nullcontext():
                     call(implementation.forward, modules[centre], (args, kwargs), device, want, None, labels)
                 memory.settle(device)
-            except Exception as e:  # noqa: BLE001  # what the kernel raises is judged by the proof; only what kills counts here
-                if device.type == "cuda" and "illegal memory access" in str(e):
-                    return f"makes an illegal memory access on {name} (tried in a child process)"
+            except Exception as e:  # what the kernel raises is judged by the proof; only what breaks things counts here
+                if not _usable(device):
+                    text = " ".join(str(e).split())[:200]
+                    raise _Broken(f"breaks the device's context on {name}: {text} (tried in a child process)") from e
     return None
+
+
+class _Broken(Exception):
+    """This process cannot use its device any more."""
+
+
+def _usable(device: torch.device) -> bool:
+    try:
+        return bool(torch.ones(1, device=device).sum().item() == 1.0)
+    except RuntimeError:  # an illegal memory access stays with the context for good
+        return False

@@ -92,7 +92,7 @@ def with_parameters(subject: Subject, centre: float) -> nn.Module:
             return tensor if not plain else tensor.detach().clone()
         keep = name not in parameters or (big and not absent)
         if not absent and keep and not (name in parameters and not bool(tensor.detach().any())):
-            held = tensor.detach().clone()
+            held = tensor.detach().clone().to(subject.device)
         else:
             held = _draw(name, tensor, centre, source).to(subject.device, tensor.dtype)
         return nn.Parameter(held) if name in parameters else held

@@ -108,6 +108,7 @@ class _One:
         self.arguments = case.args, dict(case.kwargs)
         self.labels = names(pair.original, *self.arguments, bound=pair.module is not None)
         self.held = [t for t in pytree.tree_leaves(self.arguments) if isinstance(t, Tensor)]
+        self.owned = [*self.held, *pair.state.held.values()]
         self.inputs = memory.Untouched(dict(zip(self.labels, self.held, strict=True)))
 
     def examine(self) -> None:
@@ -123,14 +124,14 @@ class _One:
         snapshot = [t.clone() for t in first.outputs]
 
         second = self.kernel(original, memory.Poison(), inference=self.want is None)
-        structure(second, original, self.held)
+        structure(second, original, self.owned)
         if not same([*first.outputs, *first.gradients.values()], [*second.outputs, *second.gradients.values()]):
             self.errors.deterministic = False
             try:
                 self.compare(second, original, answer, slack)
             except Differs as e:
                 raise Differs(f"{e}; only when called again or where it has not written its output") from None
-        own = memory.storages(self.held)
+        own = memory.storages(self.owned)
         for one, two in ((first.outputs, second.outputs), (first.gradients.values(), second.gradients.values())):
             if memory.storages(one) & memory.storages(two) - own:
                 raise Differs("returns the same memory from two calls: the second overwrites the result of the first")
@@ -226,7 +227,7 @@ class _One:
 
     def compare(self, kernel: Result, original: Result, answer: Answer, slack: float) -> None:
         """Structure, then numbers, then gradients."""
-        structure(kernel, original, self.held)
+        structure(kernel, original, self.owned)
         generic = self.case.generic and slack == 1.0
         for i, (k, o) in enumerate(zip(kernel.outputs, original.outputs, strict=True)):
             moved = None if answer.moved is None else answer.moved[i]

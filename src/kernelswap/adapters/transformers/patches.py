@@ -51,11 +51,11 @@ class Patches:
 
 def _exchange(library: str, former: Any, value: Any) -> None:
     for module in list(_modules(library)):
-        for name in [name for name, held in list(vars(module).items()) if held is former]:
+        for name in [name for name, held in vars(module).copy().items() if held is former]:
             setattr(module, name, value)
 
 
 def _modules(library: str) -> Iterator[ModuleType]:
-    for name, module in list(sys.modules.items()):
+    for name, module in sys.modules.copy().items():  # one step: another thread may be importing
         if isinstance(module, ModuleType) and (name == library or name.startswith(f"{library}.")):
             yield module
