@@ -102,3 +102,32 @@ def test_importing_us_imports_nothing_heavy():
     code = "import sys, kernelswap; print([m for m in ('torch', 'huggingface_hub', 'transformers', 'packaging') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent)
     assert done.stdout.strip() == "[]"
+
+
+def modules_imported(path):
+    """The files of ours that a file imports, by whatever form, also for type checkers and inside functions."""
+    package = list(path.relative_to(ROOT).parent.parts)
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not (isinstance(node, ast.ImportFrom) and node.level):
+            continue
+        base = package[: len(package) - (node.level - 1)] + (node.module or "").split(".") * bool(node.module)
+        for name in [[*base, alias.name] for alias in node.names] + [base]:
+            target = ROOT.joinpath(*name)
+            found = target.with_suffix(".py") if target.with_suffix(".py").exists() else target / "__init__.py"
+            if (
+                found.exists()
+                and found not in {path, ROOT / "__init__.py"}
+                and not (name == base and found.name == "__init__.py")
+            ):
+                yield found
+
+
+def test_no_import_circles():
+    graph = {path: set(modules_imported(path)) for path in files()}
+    while leaves := [path for path, needs in graph.items() if not needs & graph.keys()]:
+        for path in leaves:
+            del graph[path]
+    circle = {
+        str(p.relative_to(ROOT)): sorted(str(n.relative_to(ROOT)) for n in needs & graph.keys()) for p, needs in graph.items()
+    }
+    assert not circle

@@ -63,7 +63,7 @@ def kernelize(model: nn.Module, *, mode: Mode, device: Any = None, use_fallback:
         In all cases the model is as it was.
     """
     wanted, flags, only = modes.wanted(mode_of(mode)), _flags(use_fallback), _device_type(device)
-    swapper = state.for_layers()
+    swapper = state.for_layers(OnRealTensors)
     if swapper.environment.disabled is not None:
         return swapper.unkernelize(model)
     planner = _Planner(swapper, wanted, flags, only)

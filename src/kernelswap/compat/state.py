@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from ..lock import Lock
 from ..sources.hub import HubSource
 from ..sources.overrides import Overrides
 from ..sources.pinned import Pinned
-from ..types import Source
+from ..types import Prover, Source
 
 _lock = threading.RLock()
 _given: list[api.Swapper] = []
@@ -63,15 +63,17 @@ def like(base: api.Swapper, **other: Any) -> api.Swapper:
     return api.Swapper(**given)
 
 
-def for_layers() -> api.Swapper:
-    """The one whose table is empty: what is registered with `register_kernel_mapping` is all that it knows."""
-    from .kernelizing import OnRealTensors
+def for_layers(prover: Callable[[Prover], Prover]) -> api.Swapper:
+    """The one whose table is empty: what is registered with `register_kernel_mapping` is all that it knows.
 
+    Args:
+        prover: makes its prover from that of the Swapper that serves.
+    """
     base = swapper()
     with _lock:
         made = _varied.setdefault(base, {})
         if "layers" not in made:
-            made["layers"] = like(base, machine=base.machine, table=(), prover=OnRealTensors(base.prover))
+            made["layers"] = like(base, machine=base.machine, table=(), prover=prover(base.prover))
         return made["layers"]
 
 

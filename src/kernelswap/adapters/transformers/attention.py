@@ -34,7 +34,6 @@ from .attention_flash import Flash, Functions
 from .patches import Patches
 
 if TYPE_CHECKING:
-    from .seams import Seams
     from .switch import Switch
 
 MODELING, FLASH_UTILS = "transformers.modeling_utils", "transformers.modeling_flash_attention_utils"
@@ -271,10 +270,10 @@ class UnusableKernel(UnknownKernel):
 _open: list[Attention] = []
 
 
-def install(seams: Seams) -> None:
+def install(switch: Switch) -> None:
     """Take over from here on; imports nothing of Transformers."""
     uninstall()
-    _open.append(Attention(seams.switch))
+    _open.append(Attention(switch))
     _open[-1].arrivals.start()
 
 

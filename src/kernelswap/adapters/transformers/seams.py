@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from ...errors import KernelSwapError, Tampered
+from . import attention
 from .arrival import Arrivals
 from .config import KernelConfig
 from .patches import Patches
@@ -61,22 +62,17 @@ class Seams:
         arrivals = {MODELING: self._modeling, AUTO: self._auto, HUB_KERNELS: self._hub_kernels, CONFIG: self._config}
         self._arrivals = Arrivals(arrivals)
         self._lock = threading.RLock()
-        self._attention: Any = None
 
     def open(self) -> None:
         """Take over what is imported, now or later. Imports nothing of Transformers."""
         with self._lock:
             self._arrivals.start()
-            with contextlib.suppress(ModuleNotFoundError):
-                self._attention = importlib.import_module(".attention", __package__)
-            if self._attention is not None:
-                self._attention.install(self)
+            attention.install(self.switch)
 
     def close(self) -> tuple[str, ...]:
         """Give everything back. Models keep their kernels. Names what somebody else has replaced meanwhile."""
         with self._lock:
-            if self._attention is not None:
-                self._attention.uninstall()
+            attention.uninstall()
             self._arrivals.stop()
             return self.patches.undo()
 
@@ -148,9 +144,9 @@ class Seams:
 
     def _prepare(self, kwargs: dict[str, Any], *, trust: bool) -> None:
         """Load the attention kernels that a call names, and hand Transformers what it understands."""
-        if kwargs.get("attn_implementation") is None or self._attention is None:
+        if kwargs.get("attn_implementation") is None:
             return
-        found = self._attention.prepare(kwargs.pop("attn_implementation"), trust=trust)
+        found = attention.prepare(kwargs.pop("attn_implementation"), trust=trust)
         if found is not None:
             kwargs["attn_implementation"] = found
 
