@@ -2,44 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import random
+from collections.abc import Callable
 from typing import Any
 
 
 class Benchmark:
-    """One workload: `setup` or `setup_x` makes tensors, `benchmark_x` calls the kernel, `verify_x` gives the right answer.
+    """One workload: `setup_x`, or else `setup`, makes tensors; `benchmark_x` calls the kernel; `verify_x` gives the right answer.
 
     What is measured is left in `out`, where it is compared with what `verify_x` returns.
     """
 
     seed: int | None = None
-    """For torch's generators, before `setup`."""
+    """For the generators of Python and torch, before `setup`."""
     device: str = "cpu"
     kernel: Any = None
     """The module of the kernel; set before `setup`."""
     out: Any = None
 
     def setup(self) -> None:
-        """Make what every workload needs."""
+        """Make what every workload needs that has no `setup_x` of its own."""
 
     @classmethod
     def workloads(cls) -> tuple[str, ...]:
         """Names of the workloads: of `benchmark_x`, x."""
-        return tuple(sorted(n.removeprefix("benchmark_") for n in dir(cls) if n.startswith("benchmark_")))
+        names = (n for n in dir(cls) if n.startswith("benchmark_") and callable(getattr(cls, n)))
+        return tuple(sorted(n.removeprefix("benchmark_") for n in names))
 
     def prepare(self, workload: str) -> None:
-        """`setup`, then `setup_x` where there is one."""
+        """`setup_x` where there is one, else `setup`."""
         if self.seed is not None:
             import torch
 
             torch.manual_seed(self.seed)
-        self.setup()
-        more: Callable[[], object] | None = getattr(self, f"setup_{workload}", None)
-        if more is not None:
-            more()
+            random.seed(self.seed)
+        own: Callable[[], object] = getattr(self, f"setup_{workload}", self.setup)
+        own()
 
-    def verified(self, workload: str) -> Iterator[tuple[Any, Any]]:
-        """`(out, the right answer)`, where the benchmark has one."""
+    def verified(self, workload: str) -> tuple[Any, Any] | None:
+        """`(out, the right answer)`; `None` where the benchmark has none. `verify_x` may put `out` together itself."""
         verify: Callable[[], Any] | None = getattr(self, f"verify_{workload}", None)
-        if verify is not None:
-            yield self.out, verify()
+        if verify is None:
+            return None
+        right = verify()
+        return self.out, right

@@ -29,6 +29,9 @@ _DECORATORS = _of(
 )
 _KERNELIZE = _of("kernelizing", "KernelizeFallback", "kernelize")
 _BENCHMARK = _of("benchmark", "Benchmark")
+_NORMS = _of("benchmarks", "LayerNormBenchmark", "RMSNormBenchmark")
+_ACTIVATIONS = _of("benchmarks", "SiluAndMulBenchmark")
+_ATTENTION = _of("benchmarks", "FlashAttentionBenchmark", "FlashAttentionCausalBenchmark", "FlashAttentionVarlenBenchmark")
 _LAYER = {**_DEVICES, **_MODE, **_LAYERS, **_FUNCS, **_MAPPING, **_DECORATORS, **_KERNELIZE}
 
 MODULES: dict[str, dict[str, tuple[str, str]]] = {
@@ -41,6 +44,10 @@ MODULES: dict[str, dict[str, tuple[str, str]]] = {
     "kernels.layer.mode": _MODE,
     "kernels.layer.repos": {},
     "kernels.benchmark": _BENCHMARK,
+    "kernels.benchmarks": {**_ACTIVATIONS, **_ATTENTION, **_NORMS},
+    "kernels.benchmarks.activation": _ACTIVATIONS,
+    "kernels.benchmarks.attention": _ATTENTION,
+    "kernels.benchmarks.layer_norm": _NORMS,
     "kernels.cli": _of("command", "main", "download_kernels"),
     "kernels.load": {**_LOADING, **_LOADED, **_LOCKED},
     "kernels.locking": _LOCKED,

@@ -14,7 +14,7 @@ import contextlib
 import re
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from ..errors import BadMetadata, KernelSwapError, NotCached, Refused, UnknownKe
 from ..types import Candidate, Progress, Requirement
 from . import hub_cache
 from .environment import DEFAULT_ENDPOINT
-from .hub_cache import COMMIT, STATUS, CachedRepo, Refs
+from .hub_cache import COMMIT, STATUS, CachedRepo, Listing, Refs
 from .hub_client import HubClient
 from .hub_files import HubFiles
 from .hub_index import HubIndex, choose
@@ -242,15 +242,30 @@ class HubSource:
         paths = hub_cache.variants(cached.on_disk(commit) if listing is None else listing).get(candidate.variant, [])
         if not paths:
             raise UnknownKernel(f"{name} has no such build at {commit[:12]}", asked=asked, todo="find it again")
-        problems = [f"{strict.quote(p)} {why}" for p in paths if (why := strict.path_problem(p)) is not None]
-        if problems:
-            raise Refused("\n".join(problems[:20]), asked=asked, todo="tell the publisher")
-        targets = {path: into / path.removeprefix(prefix) for path in paths}
-        self._files.every(name, commit, targets, listing, f"fetching {name} {candidate.variant}")
+        self._every(candidate, {path: into / path.removeprefix(prefix) for path in paths}, listing, asked)
         with self._names.lock:
             names = set(self._names.of.get((name, commit), ()))
         for ref in names:
             cached.write_fetched_ref(ref, commit)
+
+    def fetch_folder(self, candidate: Candidate, folder: str, into: Path) -> None:
+        """Everything below another folder of the repository, at the candidate's commit, to `into/<folder>`; maybe nothing.
+
+        Raises:
+            As `fetch`, but for UnknownKernel.
+        """
+        listing = self._index.listing(candidate.name, candidate.commit, candidate.requirement)
+        here = CachedRepo(self.cache, candidate.name).on_disk(candidate.commit) if listing is None else listing
+        targets = {path: into / path for path in here if path.startswith(f"{folder}/")}
+        if targets:
+            self._every(candidate, targets, listing, f"fetching {folder} of {candidate.requirement}")
+
+    def _every(self, candidate: Candidate, targets: Mapping[str, Path], listing: Listing | None, asked: str) -> None:
+        problems = [f"{strict.quote(p)} {why}" for p in targets if (why := strict.path_problem(p)) is not None]
+        if problems:
+            raise Refused("\n".join(problems[:20]), asked=asked, todo="tell the publisher")
+        step = f"fetching {candidate.name} {candidate.variant}"
+        self._files.every(candidate.name, candidate.commit, targets, listing, step)
 
 
 def _newer(asked: Requirement, refs: Refs) -> tuple[str, ...]:

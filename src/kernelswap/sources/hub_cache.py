@@ -58,7 +58,7 @@ class Entry:
 
 
 Listing = Mapping[str, Entry]
-"""Path in the repository -> entry: everything below `build/`, and the status file."""
+"""Path in the repository -> entry: everything below `build/` and `benchmarks/`, and the status file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,7 @@ class Refs:
 
 def interesting(path: str) -> bool:
     """Whether a listing keeps this path."""
-    return (path.startswith("build/") and not skipped(path)) or path == STATUS
+    return (path.startswith(("build/", "benchmarks/")) and not skipped(path)) or path == STATUS
 
 
 def variants(paths: Iterable[str]) -> dict[str, list[str]]:
