@@ -11,7 +11,7 @@ ROWS = [
     {"spec", "variant", "metadata", "lock", "table", "render", "mode", "policy", "reads", "record", "tree", "buildfile", "sbom"},
     {"resolve", "layers"},
     {"backends", "sources", "verifiers", "slots", "toolchain"},
-    {"machine", "store", "loader", "sites", "build", "background", "audit", "job"},
+    {"machine", "store", "loader", "sites", "build", "background", "audit", "job", "locking"},
     {"plan", "apply", "proof", "provider"},
     {"api"},
     {"adapters", "compat", "bench", "serve"},

@@ -11,6 +11,7 @@ methods of one that is made from the environment when it is first needed.
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from collections.abc import Container, Iterable, Mapping, Sequence
@@ -19,9 +20,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from . import locking, render, sites, spec
 from . import mode as modes
 from . import plan as planning
-from . import render, sites, spec
 from . import table as tables
 from .apply import Applied, apply, how_often
 from .errors import TableError, UndoConflict
@@ -151,13 +152,23 @@ class Swapper(Provider):
             verdicts = self._verdicts.setdefault(model, {})
             return planning.plan(model, found, provide, self.prover, machine=self.machine, wish=wish, verdicts=verdicts)
 
-    def swap(self, model: nn.Module, *, check: str = "first-use", require: str | Iterable[str] = (), **wanted: Any) -> Applied:
+    def swap(
+        self,
+        model: nn.Module,
+        *,
+        check: str = "first-use",
+        require: str | Iterable[str] = (),
+        lock: str | os.PathLike[str] | None = None,
+        **wanted: Any,
+    ) -> Applied:
         """Give the modules of `model` faster kernels where there are any that do the same. Takes back what it did before.
 
         Args:
             model: any `nn.Module`; its `__dict__`, parameters and hooks stay as they are.
             check: compare with the original on real tensors: `first-use`, `sample:N`, `always`, `off`.
             require: globs over layers and paths that must all be swapped.
+            lock: a directory whose `kernelswap.lock` is written anew where it does not say already what serves: each kernel's
+                commit and the digest of every file. `policy.locked_only` is what holds to it.
             wanted: see `plan`. `table`: rows, or `{layer: spec}`, laid over this Swapper's table (`inherit=False`: alone).
                 `only`, `skip`: globs over module paths, their ends, or layers. `prefer`: `{glob: spec or specs}` tried
                 first. `mode`: `None` serves training and inference, live; `TORCH_COMPILE` alone does so with kernels that
@@ -168,6 +179,7 @@ class Swapper(Provider):
 
         Raises:
             Required: a site that `require` names stays as it is; every reason is listed.
+            StoreError: the lock cannot be written.
             UndoConflict: something wrapped a module since the former swap; undo that first.
             Whatever `plan` raises. In all cases the model is as it was.
         """
@@ -175,6 +187,8 @@ class Swapper(Provider):
         with self._lock:
             outcomes = self.plan(model, **wanted)
             planning.require(outcomes, (require,) if isinstance(require, str) else tuple(require))
+            if lock is not None:
+                locking.record(locking.serving(outcomes), Path(lock), cache=self.store.cache)
             former = self.applied(model)
             if former is not None:
                 former.undo()

@@ -1,5 +1,6 @@
 """`kernels`, served from a Swapper whose hub is on loopback."""
 
+import json
 import sys
 
 import pytest
@@ -9,6 +10,7 @@ from tests.swapping import CPU, LAYERS, Near
 
 from kernelswap import compat
 from kernelswap.api import Swapper
+from kernelswap.cli import app
 from kernelswap.sources.directory import DirectorySource
 from kernelswap.sources.hub import HubSource
 from kernelswap.sources.hub_client import HubClient
@@ -100,3 +102,18 @@ def kernels(make_swapper):
     kernels.register_kernel_mapping({}, inherit_mapping=False)
     compat.uninstall()
     assert "kernels" not in sys.modules
+
+
+@pytest.fixture
+def cli(hub, hub_cache, tmp_path, monkeypatch, capsys):
+    """`cli("lock", ".")`: (exit code, JSON on stdout)."""
+    monkeypatch.setenv("HF_ENDPOINT", hub.url)
+    monkeypatch.setenv("HF_HUB_CACHE", str(hub_cache))
+    monkeypatch.setenv("KERNELSWAP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("KERNELS_CACHE", raising=False)
+
+    def run(*argv):
+        code = app.run([*map(str, argv), "--json"])
+        return code, json.loads(capsys.readouterr().out)
+
+    return run

@@ -8,7 +8,6 @@ import textwrap
 import pytest
 import torch
 from tests.compat.conftest import published
-from tests.compat.test_writing import cli  # noqa: F401  # a fixture
 
 from kernelswap import compat
 from kernelswap.bench import scripts
@@ -92,7 +91,7 @@ def publish(hub, script=SCRIPT, **more):
     return hub.repo("org/demo").branch("v1", files)
 
 
-def test_benchmarks_of_a_repository_run_as_they_are_written(cli, hub):  # noqa: F811
+def test_benchmarks_of_a_repository_run_as_they_are_written(cli, hub):
     commit = publish(hub)
     before = set(sys.modules)
     code, said = cli("benchmark", "org/demo", "--version", "1", "--iterations", "6", "--warmup", "1")
@@ -115,7 +114,7 @@ def test_benchmarks_of_a_repository_run_as_they_are_written(cli, hub):  # noqa: 
     assert not compat.installed()
 
 
-def test_a_wrong_answer_and_a_failure_are_said_and_end_with_1(cli, hub, tmp_path):  # noqa: F811
+def test_a_wrong_answer_and_a_failure_are_said_and_end_with_1(cli, hub, tmp_path):
     publish(hub, WRONG)
     code, said = cli("benchmark", "org/demo@1", "--iterations", "2", "--no-compile", "--output", tmp_path / "out.json")
     assert code == 1
@@ -152,14 +151,14 @@ def test_the_table_fits_the_terminal_and_names_every_workload(tmp_path, make_rep
     assert {p.name for p in tmp_path.glob("picture*")} == {"picture_light.svg", "picture_dark.svg"}
 
 
-def test_without_benchmarks_it_says_so(cli, hub):  # noqa: F811
+def test_without_benchmarks_it_says_so(cli, hub):
     published(hub)
     code, said = cli("benchmark", "org/demo@1")
     assert code == 2
     assert "has no benchmarks/benchmark*.py" in said["error"]["found"]
 
 
-def test_where_the_policy_asks_for_digests_scripts_without_one_are_not_run(cli, hub, tmp_path):  # noqa: F811
+def test_where_the_policy_asks_for_digests_scripts_without_one_are_not_run(cli, hub, tmp_path):
     publish(hub, "raise SystemExit('it was run')")
     (tmp_path / "kernelswap.toml").write_text("[policy]\nrequire_digest = true\n")
     code, said = cli("benchmark", "org/demo@1")
@@ -177,7 +176,7 @@ def test_a_script_that_leads_out_of_its_repository_is_not_read(tmp_path, make_re
     assert "leads out" in capsys.readouterr().out
 
 
-def test_a_changed_benchmark_on_the_way_is_not_run(cli, hub, hub_cache):  # noqa: F811
+def test_a_changed_benchmark_on_the_way_is_not_run(cli, hub, hub_cache):
     publish(hub)
     assert cli("benchmark", "org/demo@1", "--iterations", "1", "--no-compile")[0] == 0
     for file in hub_cache.rglob("benchmark_demo.py"):

@@ -9,6 +9,7 @@ import typer
 
 if TYPE_CHECKING:
     from ..api import Swapper
+    from ..lock import Lock
     from ..types import Machine
 
 Cache = Annotated[
@@ -21,11 +22,18 @@ MachineText = Annotated[
 ]
 
 
-def swapper(*, cache: Path | None = None, offline: bool = False, machine: str | None = None) -> Swapper:
-    """A Swapper of this call's options."""
+def swapper(
+    *, cache: Path | None = None, offline: bool = False, machine: str | None = None, locked: Lock | None = None
+) -> Swapper:
+    """A Swapper of this call's options. What `locked` names is found at its commit; what it does not name, as ever."""
     from ..api import Swapper
 
-    return Swapper(cache=cache, offline=offline, machine=machine_of(machine))
+    made = Swapper(cache=cache, offline=offline, machine=machine_of(machine))
+    if locked is not None and "hub" in made.sources:
+        from ..sources.pinned import Pinned
+
+        made.sources["hub"] = Pinned(made.sources["hub"], locked, strict=False)
+    return made
 
 
 def machine_of(text: str | None) -> Machine | None:
@@ -39,3 +47,19 @@ def machine_of(text: str | None) -> Machine | None:
     from .. import machine
 
     return machine.override(machine.look(), text)
+
+
+def cache_of(cache: Path | None) -> Path:
+    """The cache of this call's options; nothing heavy is imported."""
+    import os
+
+    from ..sources.environment import Environment
+
+    return cache or Environment.read(os.environ).cache
+
+
+def moment(seconds: float) -> str:
+    """A time since 1970 as local time, to the second."""
+    import datetime as dt
+
+    return dt.datetime.fromtimestamp(seconds, dt.timezone.utc).astimezone().isoformat(" ", "seconds")

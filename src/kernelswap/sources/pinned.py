@@ -19,7 +19,7 @@ class Pinned:
     source: Source
     lock: Lock
     strict: bool = True
-    """Refuse what the lock does not name. Else `source` answers, with a note."""
+    """Refuse what the lock does not name. Else `source` answers, with a note; also other builds of a commit than the lock lists."""
 
     @property
     def key(self) -> str:
@@ -27,7 +27,7 @@ class Pinned:
         return str(getattr(self.source, "key", "pinned"))
 
     def find(self, requirement: Requirement) -> tuple[Sequence[Candidate], Sequence[str]]:
-        """The builds at the locked commit; of an entry that lists builds, those.
+        """The builds at the locked commit; when strict, of an entry that lists builds, those.
 
         Raises:
             UnknownKernel: the lock does not name it (when strict), names it for another version, or what is there redirects.
@@ -46,7 +46,7 @@ class Pinned:
                 asked=f"looking for {requirement}, locked at {entry.commit}",
                 todo=f"lock {moved.name} instead",
             )
-        locked = {b.variant for b in entry.builds}
+        locked = {b.variant for b in entry.builds} if self.strict else set()
         kept = tuple(replace(c, requirement=requirement) for c in found if not locked or c.variant in locked)
         return kept, (*notes, f"locked at {entry.commit}")
 

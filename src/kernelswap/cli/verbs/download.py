@@ -21,12 +21,13 @@ def command(
     as_json: bool = False,
 ) -> Answer:
     """Fetch and verify the kernels that a project's lock names, so that they load offline. Nothing is imported."""
-    from ...compat import state, writing
+    from ... import locking
+    from ...compat import state
 
-    lock = writing.former(project)
+    lock = locking.former(project)
     if lock is None:
         raise KernelSwapError(
-            f"there is no {writing.THEIRS} or {writing.OURS} in {project}", todo=f"`kernelswap lock {project}` writes them"
+            f"there is no {locking.THEIRS} or {locking.OURS} in {project}", todo=f"`kernelswap lock {project}` writes them"
         )
     state.use(session.swapper(cache=cache))
     swapper = state.varied(lock=lock)
@@ -36,7 +37,7 @@ def command(
             tell("fetching", number, len(lock.entries))
             builds = [swapper.artifact(entry.asked).candidate.variant]
             if all_variants:
-                builds = writing.fetch_all(swapper, entry)
+                builds = locking.fetch_all(swapper.sources["hub"], entry)
             rows.append({"spec": entry.asked, "commit": entry.commit, "builds": builds})
         tell("fetching", len(lock.entries), len(lock.entries))
     lines = [f"{row['spec']} at {row['commit'][:12]}: {', '.join(row['builds'])}" for row in rows]

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ...errors import KernelSwapError
 from .. import session
 from ..output import Answer, plain, progress
 from .explain import where
@@ -20,6 +21,9 @@ def command(
         str | None,
         typer.Option("--model", help="Lock what would serve this model (an id on the hub, or a directory).", metavar="MODEL"),
     ] = None,
+    hub: Annotated[
+        bool, typer.Option("--hub", help="With --model: kernels of the table that are on the hub may serve, too.")
+    ] = False,
     update: Annotated[bool, typer.Option("--update", help="Look everything up anew; else what is locked stays.")] = False,
     cache: session.Cache = None,
     as_json: bool = False,
@@ -28,26 +32,30 @@ def command(
 
     Writes kernels.lock, which other loaders read, and kernelswap.lock, with the digests; says what changed. Commit both.
     With --model: the kernels that serve that model, those of the default table included, into kernelswap.lock in its directory,
-    or in DIR for a model of the hub.
+    or in DIR for a model of the hub. What is replaced is kept: `kernelswap lock-rollback` brings it back.
     """
     from ... import lock as locks
-    from ...compat import writing
+    from ... import locking
 
     if model is not None and project == Path() and Path(model).is_dir():
         project = Path(model)
-    former = writing.former(project)
-    swapper = session.swapper(cache=cache)
+    if not project.is_dir():
+        raise KernelSwapError(f"there is no directory {project}", todo="Name that of a project, or of a model.")
+    former = locking.former(project)
+    kept = None if update else former
+    swapper = session.swapper(cache=cache, locked=kept if model is not None else None)
     with progress(quiet=as_json) as tell:
         if model is not None:
             from ...bench import subject
 
             loaded = subject.load(model, device=where(None), dtype="auto", offline=False)
-            outcomes = swapper.plan(loaded.model, build="wait", progress=tell)
-            made = writing.of_model(outcomes, None if update else former)
+            outcomes = swapper.plan(loaded.model, hub=hub, build="wait", progress=tell)
+            made = locking.of_model(outcomes, kept)
         else:
-            made = writing.make(swapper, writing.asked(project), former=None if update else former, progress=tell)
+            made = locking.make(swapper.sources["hub"], locking.asked(project), former=kept, progress=tell)
     changes = locks.diff(former or locks.Lock(), made)
-    files = [str(path) for path in writing.write(made, project, theirs=model is None)]
+    written = locking.write(made, project, theirs=model is None, cache=swapper.store.cache)
+    files = [str(path) for path in written]
     entries: list[dict[str, Any]] = [
         {"spec": e.asked, "commit": e.commit, "builds": [b.variant for b in e.builds]} for e in made.entries
     ]

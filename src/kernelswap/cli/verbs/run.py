@@ -5,14 +5,18 @@ from __future__ import annotations
 import runpy
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import kernelswap
 
 from ...errors import KernelSwapError
+from .. import session
 from ..output import Answer
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 PANEL = "Models"
 SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
@@ -22,6 +26,10 @@ def command(
     script: Annotated[str, typer.Argument(help="A Python file, or a directory with __main__.py.", metavar="SCRIPT")],
     arguments: Annotated[list[str] | None, typer.Argument(help="What the script gets as sys.argv[1:].", metavar="ARGS")] = None,
     module: Annotated[bool, typer.Option("--module", "-m", help="SCRIPT is a module name, as in python -m.")] = False,
+    lock: Annotated[
+        Path | None,
+        typer.Option("--lock", help="Have kernelswap.lock in this directory name every kernel that was loaded.", metavar="DIR"),
+    ] = None,
 ) -> Answer:
     """Run a script unchanged, with kernelswap serving the kernels it asks for.
 
@@ -30,6 +38,9 @@ def command(
     """
     if not module and not Path(script).exists():
         raise KernelSwapError(f"there is no file {script}", todo="give the path of a Python file, or -m and a module name")
+    if lock is not None and not lock.is_dir():
+        raise KernelSwapError(f"there is no directory {lock}", todo="Name one that exists for --lock.")
+    lock = lock.absolute() if lock is not None else None  # the script may change the working directory
     installed = _install()
     was_argv, was_path = list(sys.argv), list(sys.path)
     sys.argv[:] = [script, *(arguments or ())]
@@ -51,7 +62,21 @@ def command(
     finally:
         sys.argv[:], sys.path[:] = was_argv, was_path
     data: dict[str, Any] = {"script": script, "installed": installed, "exit": code}
-    return Answer(data, lambda _: None, code, stream="stderr")
+    if lock is not None:
+        data["locked"] = _lock(lock)
+    return Answer(data, lambda out: _say(data, out), code, stream="stderr")
+
+
+def _lock(folder: Path) -> list[str]:
+    """What changed in the lock, in words."""
+    from ... import loader, locking
+
+    return locking.record((kernel.artifact for kernel in loader.loaded()), folder, cache=session.cache_of(None))
+
+
+def _say(data: dict[str, Any], out: Console) -> None:
+    for line in data.get("locked", ()):
+        out.print(f"locked: {line}", markup=False, soft_wrap=True)
 
 
 def _install() -> bool:
