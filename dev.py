@@ -32,6 +32,7 @@ CONSTRAINTS = ROOT / "requirements" / "constraints.txt"
 BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
 PYTHON = BIN / ("python.exe" if os.name == "nt" else "python")
 STAMP = VENV / "kernelswap.stamp"
+INTERPRETER = VENV / "interpreter"
 TORCH = "2.13.0"
 PIP = "26.3"  # knows --group (25.1) and --build-constraint (25.3)
 
@@ -117,6 +118,19 @@ def setup() -> None:
     say(f"ready after {time.monotonic() - start:.0f} s")
 
 
+def interpreter() -> None:
+    """Triton, beside the environment and not in it: the tests run the GPU kernels in its interpreter, nothing else should see it."""
+    pins = [line.partition(";")[0].strip() for line in CONSTRAINTS.read_text(encoding="utf-8").splitlines()]
+    pin = next(p for p in pins if p.startswith("triton=="))
+    if sys.platform != "linux" or accelerator() == "cuda" or (INTERPRETER / f"{pin.replace('==', '-')}.dist-info").exists():
+        return  # no wheels; torch has brought its own; here already
+    shutil.rmtree(INTERPRETER, ignore_errors=True)
+    say(f"installing {pin} into {INTERPRETER}")
+    pip = (PYTHON, "-m", "pip", "install", "-qq", "--disable-pip-version-check", "--no-deps", "--target", INTERPRETER, pin)
+    if call(*pip, stdout=sys.stderr):
+        say(f"no {pin} for this Python; the tests that interpret GPU kernels will say that they were skipped")
+
+
 def demo(args: list[str]) -> int:
     """The main job."""
     return call(PYTHON, "-m", "kernelswap", "demo", *args)
@@ -126,6 +140,7 @@ def test(args: list[str]) -> int:
     """Linters, then tests; all of them run, the first failure is the exit status. Ends with pytest's closing line."""
     codes = [call(PYTHON, "-m", "ruff", "check", "."), call(PYTHON, "-m", "ruff", "format", "--check", "-q", ".")]
     codes.append(call(PYTHON, "-m", "mypy"))
+    interpreter()
     cores = os.cpu_count() or 1
     workers = [] if any(a.startswith("-n") for a in args) else ["-n", str(min(8, cores)), "--dist", "loadfile"]
     # a worker per core: torch's own threads on top of that would only wait for each other

@@ -80,6 +80,23 @@ def test_an_environment_that_is_up_to_date_is_not_touched(dev, tmp_path, monkeyp
     assert len(commands) == 6
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton's wheels are for Linux")
+def test_triton_is_installed_beside_the_environment_once_and_never_next_to_a_torch_that_has_it(dev, tmp_path, monkeypatch):
+    monkeypatch.setattr(dev, "INTERPRETER", tmp_path / "interpreter")
+    monkeypatch.setattr(dev, "accelerator", lambda: None)
+    commands = []
+    monkeypatch.setattr(dev, "call", lambda *command, **_: commands.append(command))
+    dev.interpreter()
+    (command,) = commands
+    assert command[-1] == next(str(p).partition(";")[0].strip() for p in pins() if p.name == "triton")
+    (tmp_path / "interpreter" / f"{command[-1].replace('==', '-')}.dist-info").mkdir(parents=True)
+    dev.interpreter()
+    monkeypatch.setattr(dev, "INTERPRETER", tmp_path / "other")
+    monkeypatch.setattr(dev, "accelerator", lambda: "cuda")
+    dev.interpreter()
+    assert len(commands) == 1
+
+
 def test_a_failed_installation_leaves_no_stamp(dev, tmp_path, monkeypatch):
     monkeypatch.setattr(dev, "STAMP", tmp_path / "stamp")
     monkeypatch.setattr(dev, "works", lambda: True)

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import bind, current_stream
+from ._launch import INTERPRETED, bind, current_stream, multiprocessors
 
 try:
     from triton.errors import TritonError as Unfit
@@ -81,6 +81,7 @@ def _split(
             fade = tl.exp2(m - top)
             l = l * fade + tl.exp2(sink - top)
             acc = acc * fade[:, None]
+        l = tl.where(l > 0.0, l, 1.0)  # no key at all: zeros, as flash attention gives
         tl.store(O + b * sob + (h * G + g[:, None]) * soh + dv[None, :], acc / l[:, None], mask=(g < G)[:, None] & (dv < DV)[None, :])
     else:
         row = (bh * splits + split).to(tl.int64) * BG + g
@@ -112,11 +113,11 @@ def _join(
     if HAS_SINK:
         total += tl.exp2(sink - top)
     a = tl.load(PA + row[:, None] * BDV + dv[None, :], mask=(s < splits)[:, None], other=0.0)
+    total = tl.where(total > 0.0, total, 1.0)
     tl.store(O + b * sob + (h * G + g) * soh + dv, tl.sum(a * w[:, None], axis=0) / total, mask=dv < DV)
 
 
 _bound: dict[tuple[Any, ...], tuple[Any, Any]] = {}
-_multiprocessors: dict[int, int] = {}
 _BLOCK = 64
 _DTYPES = (torch.bfloat16, torch.float16)
 
@@ -124,7 +125,7 @@ _DTYPES = (torch.bfloat16, torch.float16)
 def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """q (B, HQ, 1, D), k (B, HK, L, D), v (B, HK, L, DV): bf16 or fp16 on a GPU, D contiguous, up to 256, no gradients."""
     return (
-        q.is_cuda
+        q.is_cuda is not INTERPRETED
         and q.shape[2] == 1
         and q.dtype in _DTYPES
         and k.dtype is q.dtype
@@ -152,13 +153,15 @@ def decode(
     """
     batch, heads, _, dim = q.shape
     kv_heads, keys, value_dim = k.shape[1], k.shape[2], v.shape[3]
+    if sinks is not None:
+        sinks = sinks.contiguous()  # the kernel reads it as an array; so it does `length`
+    if length is not None:
+        length = length.contiguous()
     group = heads // kv_heads
     device = q.get_device()
-    if device not in _multiprocessors:
-        _multiprocessors[device] = torch.cuda.get_device_properties(device).multi_processor_count
     live = min(keys, window) if window else keys
     # enough parts to fill the chip, none shorter than two blocks; the grid depends on the cache's size, never on `length`
-    splits = max(1, min(64, 2 * _multiprocessors[device] // (batch * kv_heads), -(-live // (2 * _BLOCK))))
+    splits = max(1, min(64, 2 * multiprocessors(device) // (batch * kv_heads), -(-live // (2 * _BLOCK))))
     out = torch.empty((batch, 1, heads, value_dim), dtype=q.dtype, device=q.device)
     qs, ks, vs = q.stride(), k.stride(), v.stride()
     strides = (qs[0], qs[1], ks[0], ks[1], ks[2], vs[0], vs[1], vs[2], heads * value_dim, value_dim)

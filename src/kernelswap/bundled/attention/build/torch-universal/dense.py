@@ -111,8 +111,6 @@ def decode(
     key = (q.get_device(), q.dtype, q.shape[-1], v.shape[-1])
     if key in _refused:
         return None
-    if length is not None:
-        length = length.contiguous()  # the kernel reads it as an array; an expanded scalar is none
     try:
         out: Tensor = module.decode(q, k, v, scale=scale, length=length, window=window, softcap=softcap, sinks=sinks)
     except module.Unfit:  # too little shared memory, a GPU that Triton does not know: PyTorch's kernels go on

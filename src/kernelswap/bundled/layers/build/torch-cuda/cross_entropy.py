@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import bind, current_stream
+from ._launch import INTERPRETED, bind, current_stream
+from ._second import recorded
 
 
 @triton.jit(do_not_specialize=["ignore", "rows"])
@@ -110,7 +111,14 @@ def _scaled(dz: Tensor, by: Tensor) -> Tensor:
 
 def takes(z: Tensor, target: Tensor) -> bool:
     """The kernel can take these; everything else goes through torch."""
-    return type(z) in _PLAIN and type(target) in _PLAIN and z.is_cuda and target.is_cuda and z.dim() == 2 and z.numel() > 0
+    return (
+        type(z) in _PLAIN
+        and type(target) in _PLAIN
+        and z.is_cuda is not INTERPRETED
+        and target.is_cuda is not INTERPRETED
+        and z.dim() == 2
+        and z.numel() > 0
+    )
 
 
 def cross_entropy(z: Tensor, target: Tensor, *, ignore_index: int = -100, divide_by: Tensor | float | None = None) -> Tensor:
@@ -137,6 +145,14 @@ def _per_row(target: Tensor, ignore: int, divide_by: Tensor | float | None) -> T
     return divide_by.to(device=target.device, dtype=torch.float32).reciprocal()
 
 
+def _once() -> None:
+    if recorded():
+        raise RuntimeError(
+            "the gradient of this cross entropy was made in its forward pass and has no history: it cannot be differentiated "
+            "again (`create_graph=True`); torch.nn.functional.cross_entropy can"
+        )
+
+
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor, target: Tensor, scale: Tensor, ignore: int) -> Tensor:
@@ -149,6 +165,7 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]  # torch types *Any
+        _once()
         (dz,) = ctx.saved_tensors
         return _scaled(dz, g), None, None, None
 
@@ -197,6 +214,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:  # type: ignore[override]  # torch types *Any
+        _once()
         dx, dw = ctx.saved_tensors
         return (
             None if dx is None else _scaled(dx, g),

@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import bind, current_device, current_stream
+from ._launch import INTERPRETED, bind, current_device, current_stream
+from ._second import differentiable, recorded
 
 SILU, GELU, GELU_TANH = 0, 1, 2
 
@@ -90,8 +91,9 @@ def act_mul(gate: Tensor, up: Tensor, act: str = "silu") -> Tensor:
         torch.compiler.is_compiling()
         or type(gate) not in _PLAIN
         or type(up) not in _PLAIN
-        or not gate.is_cuda
+        or gate.is_cuda is INTERPRETED
         or gate.dtype is not up.dtype
+        or gate.dtype is torch.float64
         or gate.shape != up.shape
         or gate.numel() == 0
     ):
@@ -134,6 +136,9 @@ class _ActMul(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]  # torch types *Any
         gate, up = ctx.saved_tensors
+        if recorded():
+            act = ctx.act
+            return *differentiable(lambda gate, up: formula(gate, up, act), (gate, up), dy), None  # type: ignore[return-value]
         dy = dy.contiguous()
         dg, du = torch.empty_like(gate), torch.empty_like(up)
         n, device = gate.numel(), gate.get_device()

@@ -18,7 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import bind, current_device, current_stream
+from ._launch import INTERPRETED, bind, current_device, current_stream, multiprocessors
+
+from ._second import differentiable, recorded
 
 
 @triton.jit(do_not_specialize=["M", "eps"])
@@ -107,8 +109,6 @@ _PLAIN = (Tensor, torch.nn.Parameter)  # subclasses (DTensor, quantised, functor
 _forwards: dict[tuple[Any, ...], tuple[Any, int]] = {}
 _adds: dict[tuple[Any, ...], tuple[Any, int]] = {}
 _backwards: dict[tuple[Any, ...], tuple[Any, int]] = {}
-_sums: dict[tuple[Any, ...], Any] = {}
-_multiprocessors: dict[int, int] = {}
 
 
 def _tile(n: int, many: bool) -> tuple[int, int, int]:
@@ -143,7 +143,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: int = 0) -> Tensor:
 
 def fits(x: Tensor, weight: Tensor) -> bool:
     """The kernel can take these; everything else goes through the formula."""
-    return x.is_cuda and weight.is_cuda and weight.is_contiguous() and 0 < weight.shape[0] <= 65536 and x.numel() > 0
+    return (
+        x.is_cuda is not INTERPRETED
+        and weight.is_cuda is not INTERPRETED
+        and weight.is_contiguous()
+        and x.shape[-1:] == weight.shape
+        and weight.shape[0] <= 65536
+        and x.numel() > 0
+    )
 
 
 def _run(x: Tensor, weight: Tensor, eps: float, offset: int) -> Tensor:
@@ -182,9 +189,7 @@ def _run_backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float, offset: int
     dy = dy.contiguous()
     dx = torch.empty_like(x)
     device = x.get_device()
-    if device not in _multiprocessors:
-        _multiprocessors[device] = torch.cuda.get_device_properties(device).multi_processor_count
-    programs = min(_multiprocessors[device] * (1 if n > 4096 else 2), rows)
+    programs = min(multiprocessors(device) * (1 if n > 4096 else 2), rows)
     partial = torch.empty((programs, n), dtype=torch.float32, device=x.device)
     dw = torch.empty_like(weight)
     extra = dy if ds is None else ds.contiguous()
@@ -223,4 +228,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]  # torch types *Any
         x, weight = ctx.saved_tensors
+        if recorded():
+            eps, offset = ctx.eps, ctx.offset
+            return *differentiable(lambda x, w: formula(x, w, eps, offset), (x, weight), dy), None, None  # type: ignore[return-value]
         return *_run_backward(dy, x, weight, ctx.eps, ctx.offset, None), None, None

@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import bind, current_device, current_stream
+from ._launch import INTERPRETED, bind, current_device, current_stream
+from ._second import differentiable, recorded
 from .rms_norm import _run_backward as _norm_backward
 from .rms_norm import formula as _norm_formula
 
@@ -97,20 +98,36 @@ def formula(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int =
     return q * cos + _half(q) * sin, k * cos + _half(k) * sin
 
 
-def takes(q: Tensor, k: Tensor, cos: Tensor, unsqueeze_dim: int) -> bool:
+def takes(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int) -> bool:
     """The kernel can take these; everything else goes through the formula."""
     return (
         type(q) in _PLAIN
         and type(k) in _PLAIN
-        and q.is_cuda
+        and q.is_cuda is not INTERPRETED
         and q.dim() == 4
         and cos.dim() == 3
-        and cos.shape[-1] == q.shape[-1]
+        and unsqueeze_dim in (1, 2)
         and q.dtype is k.dtype
         and cos.dtype is q.dtype
-        and not q.shape[-1] & 15
-        and unsqueeze_dim in (1, 2)
+        and sin.dtype is q.dtype
+        and q.dtype is not torch.float64
+        and _agree(q.shape, k.shape, cos.shape, sin.shape, 3 - unsqueeze_dim)
+        and not (torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad))
+    )
+
+
+def _agree(q: torch.Size, k: torch.Size, cos: torch.Size, sin: torch.Size, tokens: int) -> bool:
+    """One batch, one number of tokens and of dimensions; cos and sin for each sequence or for all."""
+    return (
+        len(k) == 4
+        and cos == sin
+        and q[0] == k[0]
+        and q[tokens] == k[tokens] == cos[1]
+        and q[3] == k[3] == cos[2]
+        and cos[0] in (1, q[0])
+        and not q[3] & 15
         and q.numel() > 0
+        and k.numel() > 0
     )
 
 
@@ -119,7 +136,7 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1)
 
     Any strides with D contiguous; the outputs have the inputs' layout. Inputs are not written.
     """
-    if torch.compiler.is_compiling() or not takes(q, k, cos, unsqueeze_dim):
+    if torch.compiler.is_compiling() or not takes(q, k, cos, sin, unsqueeze_dim):
         return formula(q, k, cos, sin, unsqueeze_dim)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
         return _Rope.apply(q, k, cos, sin, unsqueeze_dim)  # type: ignore[no-any-return]  # autograd.Function is untyped
@@ -130,7 +147,7 @@ def norm_rope(
     q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float, unsqueeze_dim: int = 1
 ) -> tuple[Tensor, Tensor]:
     """RMSNorm of every head of q and k (weights (D,)), then `rope`: Qwen3's attention between projection and scores."""
-    if torch.compiler.is_compiling() or not takes(q, k, cos, unsqueeze_dim) or q_weight.dtype is not q.dtype:
+    if torch.compiler.is_compiling() or not takes(q, k, cos, sin, unsqueeze_dim) or q_weight.dtype is not q.dtype:
         return formula(_norm_formula(q, q_weight, eps), _norm_formula(k, k_weight, eps), cos, sin, unsqueeze_dim)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or q_weight.requires_grad or k_weight.requires_grad):
         return _NormRope.apply(q, k, q_weight, k_weight, cos, sin, eps, unsqueeze_dim)  # type: ignore[no-any-return]  # untyped
@@ -224,7 +241,21 @@ class _Rope(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # type: ignore[override]  # torch types *Any
         cos, sin = ctx.saved_tensors
+        if recorded():  # linear in the gradients
+            return *_RopeBack.apply(dq, dk, cos, sin, ctx.unsqueeze_dim), None, None, None
         return *_run(dq, dk, cos, sin, ctx.unsqueeze_dim, None, None, 0.0, 1), None, None, None
+
+
+class _RopeBack(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, dq: Tensor, dk: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(cos, sin)
+        ctx.unsqueeze_dim = unsqueeze_dim
+        return _run(dq, dk, cos, sin, unsqueeze_dim, None, None, 0.0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # type: ignore[override]  # torch types *Any
+        return *_Rope.apply(q, k, *ctx.saved_tensors, ctx.unsqueeze_dim), None, None, None
 
 
 class _NormRope(torch.autograd.Function):
@@ -239,6 +270,13 @@ class _NormRope(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Any, ...]:  # type: ignore[override]  # torch types *Any
         q, k, q_weight, k_weight, cos, sin = ctx.saved_tensors
+        if recorded():
+            eps, dim = ctx.eps, ctx.dim
+
+            def both(q: Tensor, k: Tensor, v: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+                return formula(_norm_formula(q, v, eps), _norm_formula(k, w, eps), cos, sin, dim)
+
+            return *differentiable(both, (q, k, q_weight, k_weight), dq, dk), None, None, None, None
         dq, dk = _run(dq, dk, cos, sin, ctx.dim, None, None, 0.0, 1)
         # (B, H, S, D) as the model lays it out is (B, S, H, D) in memory: rows of D either way, in that order
         order = (0, 2, 1, 3) if ctx.dim == 1 else (0, 1, 2, 3)
