@@ -44,8 +44,8 @@ def test_which_combinations_mean_something():
     ("bad", "reason"),
     [
         (Mode(0), "an empty mode means nothing"),
-        (INF | TRAIN, "INFERENCE | TRAINING: INFERENCE and TRAINING exclude each other"),
-        (FALL | INF, "FALLBACK | INFERENCE: FALLBACK stands alone"),
+        (Mode(INF.value + TRAIN.value), "INFERENCE | TRAINING: INFERENCE and TRAINING exclude each other"),
+        (Mode(FALL.value + INF.value), "FALLBACK | INFERENCE: FALLBACK stands alone"),
     ],
 )
 def test_the_error_names_the_combination(bad, reason):
@@ -53,6 +53,12 @@ def test_the_error_names_the_combination(bad, reason):
     assert error.reason == reason
     assert isinstance(error, ValueError)  # what callers of the field's loaders catch
     assert error.todo
+
+
+@pytest.mark.parametrize(("one", "other"), [(INF, TRAIN), (TRAIN, INF), (FALL, INF), (COMP, FALL), (INF | COMP, TRAIN)])
+def test_what_means_nothing_cannot_be_combined(one, other):
+    with pytest.raises(ModeError, match=r"exclude each other|stands alone"):
+        one | other
 
 
 @pytest.mark.parametrize("bad", [COMP, FALL])

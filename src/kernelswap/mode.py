@@ -24,11 +24,7 @@ def check(mode: Mode) -> Mode:
     """
     if not mode:
         raise ModeError("an empty mode means nothing", todo="use Mode.INFERENCE or Mode.TRAINING")
-    if _I in mode and _T in mode:
-        raise ModeError(f"{name(mode)}: INFERENCE and TRAINING exclude each other", todo="register the kernel once for each")
-    if _F in mode and mode != _F:
-        raise ModeError(f"{name(mode)}: FALLBACK stands alone", todo="leave FALLBACK out")
-    return mode
+    return mode.checked()
 
 
 def wanted(mode: Mode) -> Mode:

@@ -15,6 +15,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from .errors import ModeError
+
 if TYPE_CHECKING:
     import torch.nn as nn
 
@@ -231,13 +233,35 @@ class Kernel:
 class Mode(enum.Flag):
     """What a kernel is wanted for. The field's own flags and rules.
 
-    `INFERENCE | TRAINING` and `FALLBACK | anything` are meaningless and refused where a mode is used, by `check`.
+    `INFERENCE | TRAINING` and `FALLBACK | anything` mean nothing: they raise `ModeError`, a ValueError.
     """
 
     FALLBACK = enum.auto()
     TRAINING = enum.auto()
     INFERENCE = enum.auto()
     TORCH_COMPILE = enum.auto()
+
+    def __or__(self, other: Mode) -> Mode:
+        made = super().__or__(other)
+        if isinstance(made, Mode):  # else NotImplemented, for something that is no Mode
+            made.checked()
+        return made
+
+    def checked(self) -> Mode:
+        """The mode itself.
+
+        Raises:
+            ModeError: a combination that means nothing.
+        """
+        names = " | ".join(m.name or "" for m in _IN_ORDER if m in self)
+        if Mode.INFERENCE in self and Mode.TRAINING in self:
+            raise ModeError(f"{names}: INFERENCE and TRAINING exclude each other", todo="register the kernel once for each")
+        if Mode.FALLBACK in self and self != Mode.FALLBACK:
+            raise ModeError(f"{names}: FALLBACK stands alone", todo="leave FALLBACK out")
+        return self
+
+
+_IN_ORDER = (Mode.FALLBACK, Mode.INFERENCE, Mode.TRAINING, Mode.TORCH_COMPILE)
 
 
 @dataclass(frozen=True, slots=True)

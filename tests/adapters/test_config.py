@@ -126,7 +126,7 @@ PROBLEMS = [
     ({"RMSNorm": []}, "names no kernel"),
     ({"RMSNorm": 3}, "RMSNorm: 3 is not a kernel"),
     ({3: NORM}, "is not a name"),
-    ({"RMSNorm": {Mode.INFERENCE | Mode.TRAINING: NORM}}, "exclude each other"),
+    ({"RMSNorm": {Mode(Mode.INFERENCE.value + Mode.TRAINING.value): NORM}}, "exclude each other"),
     ({"RMSNorm": {"cuda": {"cpu": NORM}}}, "cpu inside cuda"),
     ({"RMSNorm": {"training": ""}}, "cannot be left alone in TRAINING only"),
     ({"RMSNorm": (NORM, {"version": 1, "revision": "main"})}, "exclude each other"),

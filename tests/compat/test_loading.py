@@ -34,6 +34,21 @@ def test_every_form_of_asking_is_understood(kernels, hub):
     assert kernels.get_kernel("org/demo", trust_remote_code=["org"]) is one
 
 
+def test_what_was_positional_means_what_it_meant(kernels, hub, make_repo):
+    published(hub)
+    module = kernels.get_kernel("org/demo", None, 1, "cpu", {"framework": "x"}, False, True)
+    assert kernels.has_kernel("org/demo", None, 1, "cpu", False)
+    assert not kernels.has_kernel("org/demo", None, 2, None, True)
+    root = make_repo("here", {"torch-cpu": "x = 1"})
+    assert kernels.get_local_kernel(root, "cpu") is kernels.get_local_kernel(root, "here")  # the package's name, before 0.14
+    with pytest.raises(ValueError, match="Invalid backend 'cuda'"):
+        kernels.get_local_kernel(root, "cuda")
+    with pytest.raises(ValueError, match="Invalid backend 'somewhere'"):
+        kernels.get_local_kernel(root, "somewhere")
+    assert kernels.install_kernel("org/demo", "v1", True) == kernels.install_kernel("org/demo", version=1)
+    assert module.double(2) == 4
+
+
 def test_without_a_version_it_is_the_newest(kernels, hub):
     published(hub)
     published(hub, version=2, code=CODE + "\nNEW = True\n")
@@ -129,12 +144,43 @@ def test_dependencies_are_given_to_the_kernel_that_declares_them_only(kernels, h
 def test_metadata_is_read_from_files_and_bytes(kernels, make_repo):
     path = make_repo("here", {"torch-cpu": "x = 1"}) / "build" / "torch-cpu" / "metadata.json"
     found = kernels.Metadata.read_from_file(path)
-    assert (found.name, found.version, found.python_depends, found.backend.archs) == ("here", 1, (), ())
+    assert (found.name, found.version, found.python_depends, found.backend.archs) == ("here", 1, [], None)
+    assert found.digest.algorithm == "sha256"
+    assert set(found.digest.files) == {"__init__.py"}
     assert kernels.Metadata.from_bytes(path.read_bytes()) == found
     with pytest.raises(ValueError, match="version"):
         kernels.Metadata.from_bytes(json.dumps({**json.loads(path.read_text()), "version": "x"}).encode())
     with pytest.raises(OSError, match="nothing"):
         kernels.Metadata.read_from_file(path.with_name("nothing"))
+
+
+def test_metadata_has_every_documented_part(kernels):
+    commit = "0123456789" * 4
+    text = {
+        "name": "my-norm",
+        "id": "_my_norm_cuda_0a1b2c3",
+        "version": 2,
+        "license": "MIT",
+        "upstream": "git@github.com:a/b.git",
+        "source": "https://github.com/a/b",
+        "python-depends": ["einops"],
+        "kernel-depends": [{"repo-id": "org/base", "version": 1}, {"repo-id": "org/other", "revision": "main"}],
+        "kernels-minver": "0.17.0",
+        "backend": {"type": "cuda", "archs": ["8.0", "9.0a"]},
+        "provenance": {"kernel-builder": {"version": "0.17.0"}, "kernel": {"commit": commit, "dirty": False}},
+    }
+    found = kernels.Metadata.from_bytes(json.dumps(text).encode())
+    assert (found.id, found.name, found.version, found.license) == ("_my_norm_cuda_0a1b2c3", "my-norm", 2, "MIT")
+    assert (found.upstream, found.source) == ("ssh://git@github.com/a/b.git", "https://github.com/a/b")
+    assert (found.python_depends, found.kernels_minver) == (["einops"], "0.17.0")
+    assert [(d.repo_id, d.version, d.revision) for d in found.kernel_depends] == [
+        ("org/base", 1, None),
+        ("org/other", None, "main"),
+    ]
+    assert (found.backend.backend_type, found.backend.archs) == ("cuda", ["8.0", "9.0a"])
+    assert (found.provenance.kernel_builder.version, found.provenance.kernel_builder.git) == ("0.17.0", None)
+    assert (found.provenance.kernel.commit, found.provenance.kernel.dirty) == (commit, False)
+    assert found.digest is None
 
 
 def test_a_module_survives_an_alias_in_sys_modules(kernels, hub, monkeypatch):

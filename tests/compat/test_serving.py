@@ -3,6 +3,7 @@
 import importlib
 import importlib.metadata
 import importlib.util
+import inspect
 import os
 import subprocess
 import sys
@@ -187,3 +188,74 @@ def test_another_kernels_that_was_imported_before_stays_and_it_is_said_what_to_d
 def test_python_m_kernels_says_where_check_went(kernels, capsys):
     assert kernels.cli.main(["check"]) == 1
     assert "kernel-builder" in capsys.readouterr().err
+
+
+RELEASES = {
+    # parameters of each release that had others than the one before; those after `*` are keyword-only
+    "get_kernel": {
+        "0.14": "repo_id revision version backend user_agent trust_remote_code",
+        "0.16": "repo_id revision version backend user_agent trust_remote_code check_arch",
+        "0.17": "repo_id * revision version backend user_agent trust_remote_code check_arch",
+    },
+    "has_kernel": {
+        "0.14": "repo_id revision version backend",
+        "0.16": "repo_id revision version backend check_arch",
+        "0.17": "repo_id * revision version backend trust_remote_code check_arch",
+    },
+    "get_local_kernel": {"0.14": "repo_path backend", "0.17": "repo_path * backend trust_remote_code user_agent"},
+    "get_locked_kernel": {
+        "0.12": "repo_id local_files_only",
+        "0.17": "repo_id * lockfile trust_remote_code user_agent",
+    },
+    "load_kernel": {
+        "0.12": "repo_id * lockfile",
+        "0.15": "repo_id * lockfile backend revision",
+        "0.17": "repo_id * lockfile backend",
+        "as sglang calls it": "repo_id lockfile",
+    },
+    "install_kernel": {
+        "0.12": "repo_id revision local_files_only variant_locks user_agent",
+        "0.16": "repo_id * revision local_files_only backend variant_locks user_agent validate_dependencies",
+        "0.17": "repo_id * revision version backend local_files_only user_agent trust_remote_code",
+    },
+    "get_kernel_variants": {"0.15": "repo_id revision version backend", "0.17": "repo_id * revision version backend"},
+    "get_loaded_kernels": {"0.14": ""},
+    "get_kernel_dep": {"0.17": "repo_id"},
+    "kernelize": {"0.12": "model * mode device use_fallback"},
+    "register_kernel_mapping": {"0.12": "mapping inherit_mapping"},
+    "use_kernel_mapping": {"0.12": "mapping * inherit_mapping"},
+    "use_kernel_forward_from_hub": {"0.12": "layer_name", "0.17": "layer_name condition"},
+    "replace_kernel_forward_from_hub": {"0.12": "cls layer_name", "0.17": "cls layer_name condition"},
+    "use_kernel_func_from_hub": {"0.12": "func_name"},
+    "LayerRepository": {
+        "0.12": "repo_id * layer_name revision version",
+        "0.17": "repo_id * layer_name revision version trust_remote_code user_agent",
+    },
+    "LocalLayerRepository": {"0.12": "repo_path * package_name layer_name", "0.14": "repo_path * layer_name"},
+    "LockedLayerRepository": {"0.12": "repo_id * lockfile layer_name", "0.14": "repo_id * lockfile layer_name trust_remote_code"},
+    "FuncRepository": {"0.14": "repo_id * func_name revision version trust_remote_code"},
+    "LocalFuncRepository": {"0.12": "repo_path * package_name func_name", "0.14": "repo_path * func_name"},
+    "LockedFuncRepository": {"0.14": "repo_id * lockfile func_name trust_remote_code"},
+    "Device": {"0.12": "type properties"},
+    "CUDAProperties": {"0.12": "min_capability max_capability"},
+    "ROCMProperties": {"0.15": "min_capability max_capability"},
+    "LoadedKernel": {"0.14": "metadata module repo_info"},
+    "RepoInfo": {"0.14": "repo_id revision"},
+    "VariantAccepted": {"0.15": "variant"},
+    "VariantRejected": {"0.15": "variant reason"},
+}
+
+
+@pytest.mark.parametrize(("name", "release"), [(name, r) for name, of in RELEASES.items() for r in of])
+def test_every_form_in_which_some_release_took_its_arguments_is_taken(kernels, name, release):
+    positional, _, keyword = RELEASES[name][release].partition("*")
+    signature = inspect.signature(getattr(kernels, name))
+    everything = positional.split() + keyword.split()
+    signature.bind(**{p: p for p in everything})
+    required = {
+        p.name: None
+        for p in signature.parameters.values()
+        if p.kind is p.KEYWORD_ONLY and p.default is p.empty and p.name in everything
+    }
+    bound = signature.bind(*positional.split(), **required).arguments
+    assert [bound[p] for p in positional.split()] == positional.split()

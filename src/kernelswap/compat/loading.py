@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("kernelswap.kernels")
 Trust = bool | str | Sequence[str]
 _BACKENDS = {"mps": "metal", "npu": "cann"}
+BACKENDS = {None, "cpu", "cuda", "rocm", "metal", "mps", "xpu", "npu", "cann", "neuron", "tpu"}
 
 
 def get_kernel(  # the reference's
@@ -35,8 +36,7 @@ def get_kernel(  # the reference's
     backend: str | None = None,
     user_agent: Any = None,  # noqa: ARG001  # see the file's docstring
     trust_remote_code: Trust = False,  # noqa: FBT002  # positional in the reference up to 0.16
-    *,
-    check_arch: bool = True,
+    check_arch: bool = True,  # noqa: FBT001, FBT002  # same
 ) -> ModuleType:
     """Fetch, verify and import a kernel of the hub.
 
@@ -62,13 +62,15 @@ def get_kernel(  # the reference's
 
 def get_local_kernel(
     repo_path: str | os.PathLike[str],
-    package_name: str | None = None,  # noqa: ARG001  # releases before 0.11 had it in second place; the metadata says it
     backend: str | None = None,
     *,
+    package_name: str | None = None,  # noqa: ARG001  # of releases before 0.14; the metadata says it
     trust_remote_code: Trust = False,
     user_agent: Any = None,  # noqa: ARG001  # see the file's docstring
 ) -> ModuleType:
     """Import a kernel from a directory: a repository, its `build`, or one build. Text and `Path` will do.
+
+    Releases before 0.14 had the name of the package in second place; it is understood there.
 
     Raises:
         ValueError: no such directory, or nothing in it is a build.
@@ -76,6 +78,9 @@ def get_local_kernel(
     """
     swapper = state.swapper()
     terms = Terms(trust=_trust(trust_remote_code))
+    if backend not in BACKENDS:
+        name = swapper.artifact(local_spec(repo_path), terms=terms).metadata.name
+        backend = None if backend == name.replace("-", "_") else backend
     return swapper.kernel(local_spec(repo_path), device=_device(swapper, backend), terms=terms).module
 
 
@@ -84,9 +89,9 @@ def has_kernel(
     revision: str | None = None,
     version: int | str | None = None,
     backend: str | None = None,
-    trust_remote_code: Trust = False,  # noqa: ARG001, FBT002  # positional in old releases; asked when it is loaded
+    check_arch: bool = True,  # noqa: FBT001, FBT002  # positional in 0.16
     *,
-    check_arch: bool = True,
+    trust_remote_code: Trust = False,  # noqa: ARG001  # asked when it is loaded
 ) -> bool:
     """Whether there is a build for this machine. What cannot be found, for whatever reason, is not there: that is False.
 
@@ -104,15 +109,16 @@ def has_kernel(
         return False
 
 
-def install_kernel(  # the reference's
+def install_kernel(  # noqa: PLR0913  # the reference's, of every release
     repo_id: str,
     revision: str | None = None,
-    version: int | str | None = None,
-    backend: str | None = None,
-    *,
-    local_files_only: bool = False,
+    local_files_only: bool = False,  # noqa: FBT001, FBT002  # positional up to 0.12
     variant_locks: Any = None,  # noqa: ARG001  # of old releases; a lock is `get_locked_kernel`'s
     user_agent: Any = None,  # noqa: ARG001  # see the file's docstring
+    *,
+    version: int | str | None = None,
+    backend: str | None = None,
+    validate_dependencies: bool = True,  # noqa: ARG001  # of 0.16; what does not resolve is an error always
     trust_remote_code: Trust = False,
 ) -> Path:
     """Fetch and verify a kernel and what it depends on, without importing it; the directory of the build.

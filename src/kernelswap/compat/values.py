@@ -25,7 +25,55 @@ class Backend:
     """`metadata.backend`."""
 
     backend_type: str
-    archs: tuple[str, ...] = ()
+    archs: list[str] | None = None
+
+
+@dataclass(frozen=True)
+class KernelDependency:
+    """One of `metadata.kernel_depends`: a repository at a version or a revision."""
+
+    repo_id: str
+    version: int | None = None
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class Digest:
+    """`metadata.digest`: `{path: base64 of its hash}`."""
+
+    algorithm: str
+    files: dict[str, str]
+
+
+@dataclass(frozen=True)
+class GitStatus:
+    """A commit, and whether files were changed since."""
+
+    commit: str | None
+    dirty: bool | None
+
+
+@dataclass(frozen=True)
+class KernelBuilderVersion:
+    """What built it."""
+
+    version: str
+    git: GitStatus | None = None
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """`metadata.provenance`: the builder, and the sources."""
+
+    kernel_builder: KernelBuilderVersion
+    kernel: GitStatus | None = None
+
+    @classmethod
+    def of(cls, found: types.Provenance) -> Provenance:
+        """From the value that the rest of kernelswap uses."""
+        builder = GitStatus(found.builder_commit, found.builder_dirty) if found.builder_commit is not None else None
+        kernel = GitStatus(found.commit, found.dirty) if found.commit is not None else None
+        return cls(KernelBuilderVersion(found.builder_version, builder), kernel)
 
 
 @dataclass(frozen=True)
@@ -40,10 +88,10 @@ class Metadata:
     kernels_minver: str | None = None
     upstream: str | None = None
     source: str | None = None
-    python_depends: tuple[str, ...] = ()
-    kernel_depends: tuple[types.Dependency, ...] = ()
-    digest: types.Digest | None = None
-    provenance: types.Provenance | None = None
+    python_depends: list[str] = field(default_factory=list)
+    kernel_depends: list[KernelDependency] = field(default_factory=list)
+    digest: Digest | None = None
+    provenance: Provenance | None = None
 
     @classmethod
     def of(cls, found: types.Metadata) -> Metadata:
@@ -53,14 +101,14 @@ class Metadata:
             name=found.name,
             version=found.version,
             license=found.license,
-            backend=Backend(found.backend, found.archs),
+            backend=Backend(found.backend, list(found.archs) or None),
             kernels_minver=".".join(map(str, found.minver)) if found.minver is not None else None,
             upstream=found.upstream,
             source=found.source,
-            python_depends=found.python_depends,
-            kernel_depends=found.kernel_depends,
-            digest=found.digest,
-            provenance=found.provenance,
+            python_depends=list(found.python_depends),
+            kernel_depends=[KernelDependency(d.name, d.version, d.revision) for d in found.kernel_depends],
+            digest=Digest(found.digest.algorithm, dict(found.digest.files)) if found.digest is not None else None,
+            provenance=Provenance.of(found.provenance) if found.provenance is not None else None,
         )
 
     @classmethod
