@@ -9,7 +9,7 @@ ROWS = [
     {"_version", "errors"},
     {"types", "strict"},
     {"spec", "variant", "metadata", "lock", "table", "render", "mode", "policy", "reads", "record", "tree", "buildfile", "sbom"},
-    {"resolve", "layers"},
+    {"resolve", "layers", "report"},
     {"backends", "sources", "verifiers", "slots", "toolchain"},
     {"machine", "store", "loader", "sites", "build", "background", "audit", "job", "locking"},
     {"plan", "apply", "proof", "provider"},

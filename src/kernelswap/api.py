@@ -193,7 +193,9 @@ class Swapper(Provider):
             if former is not None:
                 former.undo()
             compiled = Mode.TORCH_COMPILE in (wanted.get("mode") or Mode(0))
-            applied = self._applied[model] = apply(model, outcomes, self.prover, check=check, compile=compiled)
+            applied = self._applied[model] = apply(
+                model, outcomes, self.prover, check=check, compile=compiled, machine=self.machine
+            )
             return applied
 
     def kernelize(self, model: nn.Module, *, mode: Mode | None = None, **wanted: Any) -> nn.Module:

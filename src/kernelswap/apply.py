@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import re
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from . import render
 from .errors import KernelSwapError, PlanConflict, UndoConflict
+from .report import text
+from .report.facts import facts
+from .report.observed import Observed
 from .slots import classes
 from .slots import module as module_slot
 from .slots.state import Part, Slot
-from .types import Kept, Outcome, Prover, Site, Swap
+from .types import Machine, Outcome, Prover, Site, Swap
 
 if TYPE_CHECKING:
     import torch.nn as nn
@@ -38,6 +43,7 @@ def apply(
     *,
     check: str = "first-use",
     compile: bool = False,  # noqa: A002  # the word that users know
+    machine: Machine | None = None,
 ) -> Applied:
     """Write a plan into `model`.
 
@@ -50,6 +56,7 @@ def apply(
         compile: the model is going to be compiled without an eager call before. Compiled code never checks, so there
             the proof on random tensors must do; without this, compiled code holds a kernel once an eager call has
             proven it.
+        machine: what was planned for; the report shows it.
 
     Raises:
         PlanConflict: two swaps for one place, or a module that is swapped already.
@@ -66,7 +73,7 @@ def apply(
     modules = {path: _module(model, path) for path in swaps}
     if len({id(m) for m in modules.values()}) < len(modules):
         raise PlanConflict("two paths of the plan lead to one module", todo="Plan with the sites that `sites.find` gives.")
-    applied = Applied(tuple(outcomes))
+    applied = Applied(tuple(outcomes), model, machine)
     shared: dict[Any, Any] = {}
     try:
         for path, numbered in swaps.items():
@@ -118,8 +125,9 @@ class _OnModule:
 class Applied:
     """What was done to one model. `undo()`, or use as a context manager."""
 
-    def __init__(self, outcomes: tuple[Outcome, ...]) -> None:
-        self._planned = outcomes
+    def __init__(self, outcomes: tuple[Outcome, ...], model: nn.Module | None = None, machine: Machine | None = None) -> None:
+        self._planned, self._machine = outcomes, machine
+        self._model = weakref.ref(model) if model is not None else lambda: None
         self._parts: dict[int, Part] = {}
         self._installed: list[Installed] = []
         self._counted = False
@@ -167,20 +175,44 @@ class Applied:
 
     @property
     def report(self) -> dict[str, Any]:
-        """Everything as plain JSON values: `outcomes`, `swapped`, `kept`, `refusals`, and `calls` once counted."""
-        now = self.outcomes
-        return {
-            "swapped": sum(isinstance(o, Swap) for o in now),
-            "kept": sum(isinstance(o, Kept) for o in now),
-            "outcomes": render.outcomes_json(now, calls=self.calls if self._counted else None),
-            "refusals": [{"path": site.path, "layer": site.layer, "reason": reason} for site, reason in self.refusals],
-            "calls": self.calls if self._counted else None,
-            "calls_of_original": self.calls_of_original if self._counted else None,
-        }
+        """Everything as plain JSON values; see `report.facts.facts`. `calls` once counted, times only in `facts`."""
+        return self.facts()
+
+    def facts(self, *, name: str = "", observed: Observed | None = None) -> dict[str, Any]:
+        """`report`, with a name for the model and with what a run measured."""
+        return facts(
+            self.outcomes,
+            model=self._model(),
+            name=name,
+            machine=self._machine,
+            refusals=self.refusals,
+            calls=self.calls if self._counted else None,
+            calls_of_original=self.calls_of_original if self._counted else None,
+            observed=observed,
+        )
+
+    def html(self, path: str | Path, *, name: str = "", observed: Observed | None = None) -> Path:
+        """Write the report as one page that needs no network, to read in a browser and to send to somebody. Returns its path.
+
+        Args:
+            path: of a file; one that is there is replaced.
+            name: what to call the model; by default its class.
+            observed: what a run measured (`kernelswap explain MODEL --html FILE --measure` makes one).
+
+        Raises:
+            MissingDependency: Jinja or matplotlib is not installed.
+            OSError: the file cannot be written.
+        """
+        from .report.page import page
+
+        path = Path(path)
+        path.write_text(page(self.facts(name=name, observed=observed)), encoding="utf-8")
+        return path
 
     def explain(self, *, long: bool = False) -> str:
-        """What serves each site and why; `long`: module by module."""
-        return render.outcomes(self.outcomes, long=long, calls=self.calls if self._counted else None)
+        """What serves each site and why; `long`: module by module, then refusals, the kernels with their evidence, the machine."""
+        short = render.outcomes(self.outcomes, long=long, calls=self.calls if self._counted else None)
+        return f"{short}\n\n{text.sections(self.facts())}" if long else short
 
     # -- what can be done ----------------------------------------------------------------------------------------
 

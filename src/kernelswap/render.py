@@ -165,7 +165,7 @@ def outcome_groups(rows: Iterable[Outcome], *, calls: Mapping[str, int] | None =
     """Count, layer, original, what serves it and why: one for each group of sites of which the same was found."""
     groups: dict[tuple[str, str, str, str], list[Outcome]] = {}
     for row in rows:
-        groups.setdefault(_group(row), []).append(row)
+        groups.setdefault(group(row), []).append(row)
     found = []
     for (layer, target, by, why), members in groups.items():
         more = [_worst(members)] if isinstance(members[0], Swap) else []
@@ -180,14 +180,15 @@ def outcomes_json(rows: Iterable[Outcome], *, calls: Mapping[str, int] | None = 
     return [_outcome_json(row, calls) for row in rows]
 
 
-def _group(row: Outcome) -> tuple[str, str, str, str]:
+def group(row: Outcome) -> tuple[str, str, str, str]:
+    """Layer, original, what serves it and why: sites of which all four agree are shown as one."""
     target = row.site.target.rpartition(".")[2]
     if isinstance(row, Kept):
-        return row.site.layer, target, "the original", row.reason
+        return row.site.layer, target, "the original", _general(row.reason)
     sides = {side: getattr(row, side) for side in ("inference", "training")}
     by = {side: _by(choice) for side, choice in sides.items()}
     why = {side: _why(choice) for side, choice in sides.items()}
-    return row.site.layer, target, _both(by), _both(why)
+    return row.site.layer, target, both(by), both(why)
 
 
 def _worst(members: Iterable[Outcome]) -> str:
@@ -197,8 +198,8 @@ def _worst(members: Iterable[Outcome]) -> str:
     return f"error {max(k for k, _ in pairs):.1e}, original {max(o for _, o in pairs):.1e}" if pairs else ""
 
 
-def _both(texts: Mapping[str, str]) -> str:
-    """`x` if both modes say x, else each with its mode."""
+def both(texts: Mapping[str, str]) -> str:
+    """`x` if both modes say `x`, else each with its mode."""
     if len(set(texts.values())) == 1:
         return next(iter(texts.values()))
     return "; ".join(f"{side}: {text}" for side, text in texts.items() if text)
@@ -213,13 +214,26 @@ def _by(choice: Choice) -> str:
 
 
 def _implementation(a: Artifact, layer: str) -> str:
-    return f"{a.candidate.name}:{layer} ({a.candidate.variant})"
+    return f"{named(a, layer)} ({a.candidate.variant})"
+
+
+def named(a: Artifact, layer: str) -> str:
+    """`kernelswap/layers:RMSNorm`: what a person would write to ask for it, without a version."""
+    return f"{'kernelswap/' if a.candidate.source == 'bundled' else ''}{a.candidate.name}:{layer}"
 
 
 def _why(choice: Choice) -> str:
     if choice.implementation is None:
-        return "; ".join(dict.fromkeys(f"{spec}: {why}" for spec, why in choice.passed)) or "nothing is registered for it"
+        whys = dict.fromkeys(f"{spec}: {_general(why)}" for spec, why in choice.passed)
+        return "; ".join(whys) or "nothing is registered for it"
     return _finding(choice.verdict) if choice.verdict is not None else "not checked"
+
+
+def _general(reason: str) -> str:
+    """Without the element that differs and by how much: sites that were refused for the same reason stand together."""
+    for place in (", element [", ", row [", ", every row is off", ", all is off"):
+        reason = reason.partition(place)[0]
+    return reason
 
 
 def _block(row: Outcome, calls: Mapping[str, int] | None) -> str:
@@ -274,6 +288,7 @@ def _choice_json(choice: Choice) -> dict[str, Any]:
         "implementation": None
         if found is None
         else {
+            "spec": named(found.origin, found.layer),
             **artifact_json(found.origin),
             "layer": found.layer,
             "backward": found.backward,

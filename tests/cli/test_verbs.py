@@ -191,7 +191,7 @@ def minilm():
 
 def test_explain_says_what_would_serve_a_trained_encoder(call, warm_cache):
     data = json.loads(call("explain", minilm(), "--cache", warm_cache, "--json", "--device", "cpu").out)
-    norms = [s for s in data["sites"] if s["layer"] == "LayerNorm"]
+    norms = [s for s in data["outcomes"] if s["layer"] == "LayerNorm"]
     assert len(norms) == 13
     assert all(s["swapped"] for s in norms)
     text = call("explain", minilm(), "--cache", warm_cache, "--device", "cpu").out

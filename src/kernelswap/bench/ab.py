@@ -86,7 +86,7 @@ def interleave(
     original: Callable[[], Any], kernel: Callable[[], Any], *, seconds: float, device: str = "cpu", least: int = 5
 ) -> Pair:
     """Both in turn for about `seconds`, at least `least` turns. A short call is repeated within a sample to `SHORTEST`."""
-    wait = _waiter(device)
+    wait = waiter(device)
     for side in (original, kernel, original, kernel):
         side()
     wait()
@@ -108,7 +108,7 @@ def _sample(side: Callable[[], Any], repeats: int, wait: Callable[[], None]) -> 
     return (time.perf_counter() - start) / repeats
 
 
-def _waiter(device: str) -> Callable[[], None]:
+def waiter(device: str) -> Callable[[], None]:
     """What to call so that everything that was launched has happened."""
     import torch
 
@@ -151,7 +151,7 @@ def whole(
     """
     import torch
 
-    wait = _waiter(device)
+    wait = waiter(device)
     turns = {name: Turns() for name in (("prefill", "decode") if subject.kind == "causal" else ("forward",))}
     with torch.no_grad():
         for model in (original, kernel):

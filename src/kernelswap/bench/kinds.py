@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from .. import render
 from ..slots import rebuild
 from ..types import Implementation, Kept, Outcome, Site, Swap, Verdict
 from . import ab
@@ -50,8 +51,7 @@ class Kind:
         found = self.implementation
         if found is None:
             return ""
-        candidate = found.origin.candidate
-        return f"{'kernelswap/' if candidate.source == 'bundled' else ''}{candidate.name}:{found.layer}"
+        return render.named(found.origin, found.layer)
 
     @property
     def reason(self) -> str:
@@ -123,15 +123,28 @@ def record(model: nn.Module, kinds: Sequence[Kind], run: Callable[[], Any]) -> d
 
 def _listen(module: nn.Module, name: str, into: list[Call]) -> Callable[[], Any]:
     """Give this instance a forward that notes what it passes to the function `name`."""
-    forward = type(module).forward
-    function = rebuild.found(forward, name)
+    function = rebuild.found(type(module).forward, name)
 
     def heard(*args: Any, **kwargs: Any) -> Any:
         into.append((args, kwargs))
         return function(*args, **kwargs)
 
-    module.__dict__["forward"] = types.MethodType(rebuild.rebuilt(forward, {name: heard}), module)
-    return lambda: module.__dict__.pop("forward")
+    return stand_in(module, {name: heard})
+
+
+def stand_in(module: nn.Module, names: Mapping[str, Callable[..., Any]]) -> Callable[[], Any]:
+    """Let this instance's forward find these functions under those names; what undoes it is returned."""
+    former = module.__dict__.get("forward")
+    forward = former.__func__ if isinstance(former, types.MethodType) else type(module).forward
+    module.__dict__["forward"] = types.MethodType(rebuild.rebuilt(forward, dict(names)), module)
+
+    def undo() -> None:
+        if former is None:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = former
+
+    return undo
 
 
 # -- each by itself -----------------------------------------------------------------------------------------------
@@ -180,7 +193,7 @@ def measure(
         if progress:
             progress("timing each kind of site", done, len(work))
         args, kwargs = calls[phase][kind.key][-1]
-        before, after = _sides(kind, original, swapped)
+        before, after = sides(kind, original, swapped)
         with torch.no_grad():
             pairs.setdefault(kind.key, {})[phase] = ab.interleave(
                 lambda f=before, a=args, k=kwargs: f(*a, **k),  # type: ignore[misc]  # bound now
@@ -193,7 +206,8 @@ def measure(
     return tuple(Measured(kind, pairs.get(kind.key, {}) if kind.swapped else {}) for kind in kinds)
 
 
-def _sides(kind: Kind, original: nn.Module, swapped: nn.Module) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def sides(kind: Kind, original: nn.Module, swapped: nn.Module) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """What to call without and with the kernel, for the first site of a kind."""
     site = kind.sites[0]
     if site.kind == "module":
         return original.get_submodule(site.path), swapped.get_submodule(site.path)

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .. import render
+from ..report import text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,6 +27,26 @@ def outcomes(rows: Sequence[Outcome], out: Console) -> None:
         style = "" if by == "the original" else "green"
         table.add_row(Text.assemble(layer, (f" x{count}\n{original}", "dim")), Text.assemble((by, style), "\n", (why, "dim")))
     out.print(table)
+
+
+def observed(facts: Mapping[str, Any], out: Console) -> None:
+    """What a run measured: each phase of the model, then each kind, faster by how much and how much of the phase it was."""
+    phases, faster = text.phases(facts), text.speed_of(facts)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False, header_style="bold")
+    table.add_column("measured", overflow="fold")
+    for phase in phases:
+        table.add_column(phase, justify="right")
+        table.add_column("of it", justify="right", style="dim")
+    steps = {s["phase"]: s for s in facts["observed"]["steps"]}
+    cells = [f"{steps[p]['speedup']:.2f}x" if p in steps else "" for p in phases]
+    table.add_row("whole model", *(cell for one in cells for cell in (one, "")))
+    for kind in facts["kinds"]:
+        if kind["serving"]:
+            speeds, parts = faster.get(f"{kind['layer']} {kind['original']}", {}), kind["share"] or {}
+            row = [cell for p in phases for cell in (speeds.get(p, ""), text.share(parts[p]) if p in parts else "")]
+            table.add_row(f"{kind['layer']} x{kind['count']}", *row)
+    out.print(table)
+    out.print(Text(facts["observed"]["how"], style="dim"))
 
 
 def resolution(found: Resolution, out: Console) -> None:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ...errors import KernelSwapError
-from ...types import Swap
 from .. import exits, session
 from ..output import Answer, progress
 
@@ -43,17 +42,28 @@ def command(
         Path | None,
         typer.Option("--sbom", help="Write the kernels that would serve as a bill of materials (CycloneDX 1.6).", metavar="FILE"),
     ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option("--html", help="Write the report as one page for a browser; it loads nothing.", metavar="FILE"),
+    ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Run the model: errors site by site, times, shares of a step, calls.")
+    ] = False,
+    seconds: Annotated[
+        float, typer.Option("--seconds", help="Time for taking times, with --measure.", min=0.1, metavar="S")
+    ] = 12.0,
     cache: session.Cache = None,
     offline: session.Offline = False,
     as_json: bool = False,
 ) -> Answer:
     """Say what would serve each kind of site in a model, and why the others stay as they are.
 
-    The model is loaded and nothing in it is changed; kernels are compiled and proved on random tensors, as for a swap.
+    The model is loaded and is afterwards as it was; kernels are compiled and proved on random tensors, as for a swap. With
+    --measure it is also run, with kernels and without, on a text that comes with kernelswap.
     Exit code 1: nothing would be swapped.
     """
-    from ... import render
     from ...bench import subject
+    from ...report.facts import facts
     from ...sbom import bill
 
     with progress(quiet=as_json) as report:
@@ -61,30 +71,55 @@ def command(
         loaded = subject.load(model, device=where(device), dtype=dtype, offline=offline)
         report("loading the model", 1, 1)
         options: dict[str, Any] = {"only": only, "skip": skip, "build": "wait", "progress": report}
-        outcomes = session.swapper(cache=cache, offline=offline).plan(loaded.model, **options)
-    swapped = sum(isinstance(o, Swap) for o in outcomes)
+        swapper = session.swapper(cache=cache, offline=offline)
+        outcomes = swapper.plan(loaded.model, **options)
+        if measure:
+            from ...bench.observe import observe
+
+            applied, observed = observe(loaded, outcomes, swapper.machine, device=where(device), seconds=seconds, progress=report)
+            with applied:
+                data = applied.facts(name=loaded.name, observed=observed)
+                outcomes = applied.outcomes
+        else:
+            data = facts(outcomes, model=loaded.model, name=loaded.name, machine=swapper.machine)
+        if html is not None:
+            _page(html, data)
+    swapped = data["swapped"]
     if sbom is not None:
-        _write(sbom, bill(outcomes, model=model))
-    data = {"model": model, "sites": render.outcomes_json(outcomes), "swapped": swapped}
+        _write("--sbom", sbom, json.dumps(bill(outcomes, model=model), indent=2) + "\n")
 
     def text(out: Console) -> None:
-        if everything:
-            out.print(render.outcomes(outcomes, long=True), markup=False, soft_wrap=True)
-            return
-        from ..views import outcomes as show
+        from ... import render
+        from ...report.text import sections
+        from .. import views
 
-        if outcomes:
-            show(outcomes, out)
-        out.print(f"{swapped} of {len(outcomes)} sites would be swapped")
+        if everything:
+            out.print(render.outcomes(outcomes, long=True, calls=data["calls"]), markup=False, soft_wrap=True)
+            out.print()
+            out.print(sections(data), markup=False, soft_wrap=True)
+        else:
+            if outcomes:
+                views.outcomes(outcomes, out)
+            if measure:
+                views.observed(data, out)
+            out.print(f"{swapped} of {len(outcomes)} sites would be swapped")
+        if html is not None:
+            out.print(f"The report is in {html}", markup=False, soft_wrap=True)
 
     return Answer(data, text, exits.OK if swapped else exits.NO)
 
 
-def _write(path: Path, value: dict[str, Any]) -> None:
+def _page(path: Path, data: dict[str, Any]) -> None:
+    from ...report.page import page
+
+    _write("--html", path, page(data))
+
+
+def _write(option: str, path: Path, value: str) -> None:
     try:
-        path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        path.write_text(value, encoding="utf-8")
     except OSError as e:
-        raise KernelSwapError(f"{path} cannot be written: {e.strerror}", todo="Name another file for --sbom.") from e
+        raise KernelSwapError(f"{path} cannot be written: {e.strerror}", todo=f"Name another file for {option}.") from e
 
 
 def where(device: str | None) -> str:
