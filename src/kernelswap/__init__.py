@@ -14,7 +14,7 @@ TYPE_CHECKING = False  # type checkers take it for typing's; importing that woul
 if TYPE_CHECKING:
     from typing import Any
 
-    from .api import Swapper, explain, find, kernelize, load, swap, unkernelize
+    from .api import Swapper, explain, find, kernelize, load, measure, swap, unkernelize
     from .apply import Applied
     from .errors import KernelSwapError
     from .takeover import install, installed, uninstall
@@ -32,6 +32,7 @@ _WHERE = {
     "installed": "takeover",
     "kernelize": "api",
     "load": "api",
+    "measure": "api",
     "swap": "api",
     "uninstall": "takeover",
     "unkernelize": "api",
@@ -50,6 +51,7 @@ __all__ = [
     "installed",
     "kernelize",
     "load",
+    "measure",
     "swap",
     "uninstall",
     "unkernelize",

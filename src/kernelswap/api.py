@@ -14,11 +14,11 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from . import locking, render, sites, spec
 from . import mode as modes
@@ -31,6 +31,7 @@ from .provider import Build, Provider, Terms
 from .slots import module as module_slot
 from .store import Store
 from .types import (
+    Chooser,
     Implementation,
     Machine,
     Mode,
@@ -49,6 +50,9 @@ from .types import (
 
 if TYPE_CHECKING:
     import torch.nn as nn
+
+    from .proof.contest import Contest
+    from .proof.speed import Speeds
 
 Table = Sequence[Row] | Mapping[str, Any]
 """Rows; or `{layer: spec}`, where instead of a spec there may be several in order of preference, `{device: spec}`, or `""`
@@ -81,6 +85,7 @@ class Swapper(Provider):
         self._table, self._prover = table, prover
         self._applied: weakref.WeakKeyDictionary[nn.Module, Applied] = weakref.WeakKeyDictionary()
         self._verdicts: weakref.WeakKeyDictionary[nn.Module, dict[object, Verdict]] = weakref.WeakKeyDictionary()
+        self._chosen: dict[Any, Implementation] = {}
 
     @property
     def table(self) -> tuple[Row, ...]:
@@ -113,19 +118,20 @@ class Swapper(Provider):
         hub: bool = False,
         build: Build = "background",
         trust: bool | Sequence[str] = False,
+        choose: Literal["table", "measured"] | Chooser = "table",
         progress: Progress | None = None,
     ) -> tuple[Outcome, ...]:
         """What `swap` with these arguments would do; the model is not touched. Kernels are fetched, loaded and proved.
 
         Raises:
-            TableError: the table, or a glob that names nothing in this model, is wrong.
+            TableError: the table, `choose`, or a glob that names nothing in this model, is wrong.
             PlanConflict: two rows claim one module.
             ModeError: `mode` makes no sense.
             Tampered: bytes of a kernel differ from what was verified before.
             Refused: a kernel that the arguments name was refused.
         """
         over, terms = _rows(table, {row.layer for row in self.table}), Terms(build, trust, progress)
-        base = self.table if inherit else tuple(replace(row, use=()) for row in self.table)
+        base = self.table if inherit else tuple(replace(row, use=(), rivals=()) for row in self.table)
         preferred = {
             glob: tuple(one if isinstance(one, Use) else Use(one) for one in ((specs,) if isinstance(specs, str) else specs))
             for glob, specs in (prefer or {}).items()
@@ -138,6 +144,7 @@ class Swapper(Provider):
                 prefer=preferred,
                 named=named,
                 replacing={id(m) for m in former.modules()} if former is not None else (),
+                chooser=self._chooser(choose),
             )
             found = sites.find(model, tables.merge(base, over), only=only, skip=skip)
             if self.environment.disabled is not None:
@@ -175,7 +182,9 @@ class Swapper(Provider):
                 compile. `hub`: kernels of the table that are on the hub
                 may be fetched; those that you name yourself always may. `build`: bundled kernels that are not compiled yet
                 are compiled in the `background` (the original serves meanwhile), or you `wait` for it, or `never`.
-                `trust`: publishers that you vouch for. `progress`: told about downloads and compiling.
+                `trust`: publishers that you vouch for. `choose`: of several kernels that may serve, the `table`'s first, or the
+                fastest for each size of call by what was `measured` on this machine (`measure`, `kernelswap bench`); what
+                nobody measured yet is as the table has it. `progress`: told about downloads and compiling.
 
         Raises:
             Required: a site that `require` names stays as it is; every reason is listed.
@@ -197,6 +206,54 @@ class Swapper(Provider):
                 model, outcomes, self.prover, check=check, compile=compiled, machine=self.machine
             )
             return applied
+
+    def measure(
+        self,
+        model: nn.Module,
+        *,
+        seconds: float = 60.0,
+        mode: Mode | None = Mode.INFERENCE,
+        compile: bool = True,  # noqa: A002  # the word that users know
+        progress: Progress | None = None,
+        **wanted: Any,
+    ) -> Contest:
+        """Time every candidate of every site of `model` against the original, and keep what was found for `choose="measured"`.
+
+        Candidates are the kernels of the table (of the hub with `hub=True`), what is installed here, and the original under
+        `torch.compile`. The model is not touched: copies of its modules are called, on inputs of several sizes. One process
+        at a time measures on a machine. What was kept before is not measured again, so that whoever is stopped goes on.
+
+        Args:
+            model: as for `swap`; swapped or not.
+            seconds: after which nothing new is begun.
+            mode: `INFERENCE`, `TRAINING`, or None for both.
+            compile: whether the original under `torch.compile` takes part; compiling takes most of its time.
+            progress: told what is measured.
+            wanted: as in `plan`.
+
+        Raises:
+            Whatever `plan` raises.
+        """
+        from .proof import contest
+
+        speeds = self._speeds(compile=compile)
+        wanted = {"build": "wait", **wanted, "mode": mode, "choose": speeds, "progress": progress}
+        lock = self.store.cache / "measuring.lock"
+        return contest.hold(speeds, lambda: self.plan(model, **wanted), seconds=seconds, lock=lock, progress=progress)
+
+    def _chooser(self, choose: str | Chooser) -> Chooser | None:
+        if not isinstance(choose, str):
+            return choose
+        if choose not in {"table", "measured"}:
+            raise TableError(f"choose={choose!r} says nothing", todo="Use 'table' or 'measured'.")
+        return self._speeds(agree=self._job.once if self._job is not None else None) if choose == "measured" else None
+
+    def _speeds(self, *, compile: bool = True, agree: Callable[[str, Callable[[], Any]], Any] | None = None) -> Speeds:  # noqa: A002  # as in `measure`
+        from .proof import Verdicts
+        from .proof.speed import Speeds
+
+        store = getattr(self.prover, "store", None) or Verdicts(self.environment.cache / "verdicts")
+        return Speeds(store, agree=agree, compile=compile, memo=self._chosen)
 
     def kernelize(self, model: nn.Module, *, mode: Mode | None = None, **wanted: Any) -> nn.Module:
         """`swap`, returning the model."""
@@ -304,6 +361,11 @@ def plan(model: nn.Module, **wanted: Any) -> tuple[Outcome, ...]:
 def swap(model: nn.Module, **wanted: Any) -> Applied:
     """`Swapper.swap` of the default Swapper."""
     return default().swap(model, **wanted)
+
+
+def measure(model: nn.Module, *, seconds: float = 60.0, **wanted: Any) -> Contest:
+    """`Swapper.measure` of the default Swapper."""
+    return default().measure(model, seconds=seconds, **wanted)
 
 
 def kernelize(model: nn.Module, *, mode: Mode | None = None, **wanted: Any) -> nn.Module:

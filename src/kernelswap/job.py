@@ -17,7 +17,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ class Job:
         Raises:
             KernelSwapError: what the network did to another process of the job in its turn.
         """
-        lock = self._acquire(requirement)
+        lock = self._acquire(self._path(requirement, "lock"))
         try:
             self._raise_former(requirement)
             try:
@@ -86,6 +86,21 @@ class Job:
         if len(found) == 1:
             self._write(self._path(requirement, "agreed"), list(found.pop()))
 
+    def once(self, about: str, decide: Callable[[], Any]) -> Any:
+        """What the first process of the job that asked decided `about`: a JSON value. The others wait, and take it."""
+        path = self.folder / f"{hashlib.sha256(about.encode()).hexdigest()[:40]}.decided"
+        lock = self._acquire(path.with_suffix(".lock"))
+        try:
+            former = self._read(path, AGREED_SECONDS)
+            if isinstance(former, dict) and former.get("about") == about:
+                return former["decided"]
+            decided = decide()
+            self._write(path, {"about": about, "decided": decided})
+            return decided
+        finally:
+            if lock is not None:
+                lock.release()
+
     def _raise_former(self, requirement: Requirement) -> None:
         value = self._read(self._path(requirement, "failed"), FAILED_SECONDS)
         if isinstance(value, list) and len(value) == 4 and all(v is None or isinstance(v, str) for v in value):
@@ -97,12 +112,12 @@ class Job:
         text = str(replace(requirement, layer=None, text=None))
         return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:40]}.{what}"
 
-    def _acquire(self, requirement: Requirement) -> filelock.BaseFileLock | None:
+    def _acquire(self, path: Path) -> filelock.BaseFileLock | None:
         try:
             if not self.folder.exists():
                 _clean(self.folder.parent)
                 self.folder.mkdir(parents=True, exist_ok=True)
-            lock = filelock.FileLock(self._path(requirement, "lock"), timeout=_LOCK_SECONDS)
+            lock = filelock.FileLock(path, timeout=_LOCK_SECONDS)
             lock.acquire()
         except (OSError, NotImplementedError):  # a read-only cache, no locks here, or held for too long: each for itself
             return None

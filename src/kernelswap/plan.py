@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
 from . import layers, reads, sites, table
@@ -17,7 +17,7 @@ from . import mode as modes
 from .errors import KernelSwapError, Refused, Required, Tampered
 from .slots import function as function_slot
 from .slots import module as module_slot
-from .types import Choice, Implementation, Kept, Machine, Mode, Outcome, Prover, Run, Site, SiteKind, Swap, Use, Verdict
+from .types import Choice, Chooser, Implementation, Kept, Machine, Mode, Outcome, Prover, Run, Site, SiteKind, Swap, Use, Verdict
 
 if TYPE_CHECKING:
     import torch.nn as nn
@@ -49,6 +49,8 @@ class Wish:
     """Specs that the user wrote: for them `Refused` is raised instead of becoming a reason."""
     replacing: Collection[int] = ()
     """`id()` of modules whose present swap is going to be undone before this plan is applied."""
+    chooser: Chooser | None = None
+    """Picks among all candidates that may serve, those of `Row.rivals` included; `None`: the first one serves."""
 
 
 def plan(
@@ -106,7 +108,7 @@ def require(outcomes: Sequence[Outcome], wanted: Sequence[str]) -> None:
 _ON_REAL_TENSORS = Verdict(accepted=True, reason="no recipe for random inputs: to be proved on its first real call")
 
 # How telling a reason is, when one must stand for the site: the first of the lowest rank.
-TRIED, UNABLE, NOT_ASKED, ELSEWHERE = range(4)
+MEASURED, TRIED, UNABLE, NOT_ASKED, ELSEWHERE = range(5)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +142,7 @@ class _Planner:
         if why is not None:
             return Kept(site, why)
         uses = self.uses(site)
-        if not uses:
+        if not uses and self.wish.chooser is None:
             return Kept(site, f"no kernel in the table serves {site.layer}")
         inference, not_in_inference = self.choose(site, module, uses, self.runs[False])
         training, not_in_training = self.choose(site, module, uses, self.runs[True])
@@ -171,12 +173,13 @@ class _Planner:
         return None
 
     def uses(self, site: Site) -> tuple[Use, ...]:
+        rivals = site.row.rivals if self.wish.chooser is not None else ()
         if not self.wish.prefer:
-            return site.row.use
+            return (*site.row.use, *rivals) if rivals else site.row.use
         given = [one for glob, specs in self.wish.prefer.items() if sites.named_by(glob, site) for one in specs]
         preferred = dict.fromkeys(one if isinstance(one, Use) else Use(one) for one in given)
         first = {use.spec for use in preferred}
-        return (*preferred, *(use for use in site.row.use if use.spec not in first))
+        return (*preferred, *(use for use in (*site.row.use, *rivals) if use.spec not in first))
 
     def choose(self, site: Site, module: nn.Module, uses: tuple[Use, ...], run: Run | None) -> tuple[Choice, list[_Passed]]:
         """One mode. Equal modules are decided once; what is asked of each is whether something stands in the way there."""
@@ -190,7 +193,7 @@ class _Planner:
                 return choice, passed
         allowed, passed = _allowed(uses, run)
         asked = []
-        served: tuple[Implementation, Verdict] | tuple[None, None] = None, None
+        accepted: list[tuple[str, Implementation, Verdict]] = []
         for use in allowed:
             try:
                 found = self.judge(use, site, module, run, asked)
@@ -199,11 +202,17 @@ class _Planner:
             except Exception as e:  # noqa: BLE001  # a kernel may do anything when it is looked at; the reason is kept
                 _log.warning("%s raised while it was looked at for %s", use.spec, site.path, exc_info=True)
                 found = _Passed(TRIED, use.spec, f"raised {type(e).__name__} while it was looked at: {e}")
-            if not isinstance(found, _Passed):
-                served = found
+            if isinstance(found, _Passed):
+                passed.append(found)
+                continue
+            accepted.append((use.spec, *found))
+            if self.wish.chooser is None:
                 break
-            passed.append(found)
-        choice = Choice(served[0], tuple((p.spec, p.why) for p in passed), served[1])
+        best = Choice(accepted[0][1], verdict=accepted[0][2]) if accepted else Choice(None)
+        if self.wish.chooser is not None and self.takes_any(site, module):
+            best = self.wish.chooser.choose(site, module, _original(site, module), accepted, run)
+            passed += [_Passed(MEASURED, spec, why) for spec, why in best.passed]
+        choice = replace(best, passed=tuple((p.spec, p.why) for p in passed))
         known.append((choice, passed, asked))
         return choice, passed
 
@@ -266,6 +275,13 @@ class _Planner:
             )
         return self.obstacles[key]
 
+    def takes_any(self, site: Site, module: nn.Module) -> bool:
+        """Whether nothing about the module itself stands in the way of a swap."""
+        replacing = id(module) in self.wish.replacing
+        if site.kind == "function":
+            return function_slot.obstacle(module, site.name, replacing=replacing) is None
+        return module_slot.obstacle(module, replacing=replacing) is None
+
     def signature(self, site: Site, module: nn.Module) -> object:
         key = id(module), site.kind
         if key not in self.signatures:
@@ -319,6 +335,10 @@ def _original(site: Site, module: nn.Module) -> Callable[..., Any]:
 
 def _one_reason(passed: Sequence[_Passed], site: Site) -> str:
     best = min(passed, key=lambda p: p.rank)
+    if best.rank == MEASURED:
+        return "measured, and the original is the fastest: " + "; ".join(
+            f"{p.spec}: {p.why}" for p in passed if p.rank == MEASURED
+        )
     if best.rank == ELSEWHERE:
         return f"no kernel in the table is for {site.device.partition(':')[0]}"
     if best.rank == NOT_ASKED:

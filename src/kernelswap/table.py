@@ -33,7 +33,7 @@ if sys.version_info >= (3, 11):
 else:  # pragma: no cover  # Python 3.10
     import tomli as tomllib
 
-_ROW_KEYS = ("layer", "kind", "targets", "needs", "probe", "note", "off", "use")
+_ROW_KEYS = ("layer", "kind", "targets", "needs", "probe", "note", "off", "use", "rivals")
 _USE_KEYS = ("spec", "on", "modes")
 _ALIAS = {"metal": "mps", "cann": "npu"}
 _ON = re.compile(
@@ -121,6 +121,7 @@ def _lay_over(row: Row, new: Row) -> Row:
         needs=new.needs or row.needs,
         probe=new.probe or row.probe,
         use=(*new.use, *(use for use in row.use if use.spec not in named)),
+        rivals=(*new.rivals, *(use for use in row.rivals if use.spec not in named | {r.spec for r in new.rivals})),
         off=new.off,
         note=new.note or row.note,
     )
@@ -172,6 +173,7 @@ class _Reader:
             needs=tuple(self.need(at, need) for need in self.items(at, item, "needs")),
             probe=self.text(at, item, "probe", ""),
             use=tuple(self.use(f"{at}: use {i}", use) for i, use in enumerate(self.items(at, item, "use"), 1)),
+            rivals=tuple(self.use(f"{at}: rivals {i}", use) for i, use in enumerate(self.items(at, item, "rivals"), 1)),
             off=bool(off),
             note=self.text(at, item, "note", ""),
         )

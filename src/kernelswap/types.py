@@ -287,6 +287,10 @@ class Implementation:
     """Attributes of `self` that forward touches, in the notation of `reads.py`: `weight` and `gate_proj.weight` are read as
     values, `gate_proj()` is only called, `*` is anything. LoRA and sharding decide by it.
     """
+    parts: tuple[Implementation | None, ...] = ()
+    """Where a measurement chose by the size of the call: what serves each bucket, None where the original does. Empty: this
+    one everywhere. `forward.serving(*args, **kwargs)` then says which part a call goes to.
+    """
 
     def cannot(self, run: Run) -> str | None:
         """Why this cannot serve `run`, or `None`."""
@@ -328,6 +332,8 @@ class Row:
     probe: str = ""
     """Recipe in `proof.inputs` that makes random inputs for it: `rows`, `mlp`, `elementwise`, `rotary`, ..."""
     use: tuple[Use, ...] = ()
+    rivals: tuple[Use, ...] = ()
+    """Candidates that serve only where a measurement on this machine chose them."""
     off: bool = False
     """Leave it alone, and say that the user asked for that."""
     note: str = ""
@@ -361,6 +367,9 @@ class Choice:
     implementation: Implementation | None
     passed: tuple[tuple[str, str], ...] = ()
     verdict: Verdict | None = None
+    measured: tuple[tuple[str, str, float | None], ...] = ()
+    """Where a measurement chose: `(size of the call, what serves it, times faster than the original)`. What serves is a spec,
+    empty for the original; the last is None where nothing was measured and the table decided."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -457,6 +466,24 @@ class Prover(Protocol):
         kwargs: Mapping[str, Any],
     ) -> tuple[Any, Verdict]:
         """On the real tensors of the first call. The output is the original's when the kernel is refused."""
+        ...
+
+
+class Chooser(Protocol):
+    """Picks among candidates that all may serve. Without one, the first of a row does."""
+
+    def choose(
+        self,
+        site: Site,
+        module: nn.Module,
+        original: Callable[..., Any],
+        accepted: Sequence[tuple[str, Implementation, Verdict]],
+        run: Run,
+    ) -> Choice:
+        """What serves (None: the original), its verdict, and what of `accepted` was passed over with the reason.
+
+        `accepted`: spec, implementation and the verdict of its proof, in the order of the table; may be empty.
+        """
         ...
 
 

@@ -235,7 +235,7 @@ def elementwise(subject: Subject) -> Iterator[Case]:
 
 def gated(subject: Subject) -> Iterator[Case]:
     """Activation and product: (gate (..., n), up (..., n)), or one tensor (..., 2n) where the original takes one."""
-    one = len(_positional(subject.original)) - (subject.site.kind == "module") == 1
+    one = len(required(subject.original)) - (subject.site.kind == "module") == 1
     for salt, case in enumerate(elementwise(subject)):
         x = case.args[0]
         if one:
@@ -285,15 +285,19 @@ def mlp(subject: Subject) -> Iterator[Case]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Heads:
+class Heads:
+    """What a rotary embedding is given. `q` and `k` are few, in the proportion of the model's own; `whole` are those."""
+
     q: int
     k: int
     size: int
     rotated: tuple[int, ...]
     """Candidates for the length of cos: all of a head, and the part that the configuration names."""
+    whole: tuple[int, int]
 
 
-def _heads(module: nn.Module) -> _Heads:
+def heads(module: nn.Module) -> Heads:
+    """By the attributes of the attention module and of its configuration; four heads of 64 where they do not say."""
     config = getattr(module, "config", None)
     config = getattr(config, "text_config", config)
 
@@ -313,12 +317,11 @@ def _heads(module: nn.Module) -> _Heads:
         ask("partial_rotary_factor") or (parameters or {}).get("partial_rotary_factor") if isinstance(parameters, dict) else None
     )
     rotated = (size,) if not part or part == 1 else (int(size * part), size)
-    groups = max(1, q // k)
-    k = min(k, 2)
-    return _Heads(k * min(groups, 4), k, size, rotated)
+    groups, few = max(1, q // k), min(k, 2)
+    return Heads(few * min(groups, 4), few, size, rotated, (q, k))
 
 
-def _angles(subject: Subject, positions: Tensor, size: int) -> tuple[Tensor, Tensor]:
+def angles(subject: Subject, positions: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Cos and sin (..., size) as rotary embeddings make them: both halves alike."""
     inverse = 10000.0 ** (-torch.arange(0, size, 2, dtype=torch.float64, device="cpu") / size)
     angle = positions[..., None].double() * inverse
@@ -331,18 +334,18 @@ def rotary(subject: Subject) -> Iterator[Case]:
 
     Where `unsqueeze_dim` is a parameter also (B, S, H, D); where four dimensions do not fit, (S, H, D) as vision models have it.
     """
-    heads = _heads(subject.module)
+    about = heads(subject.module)
     named = inspect.signature(subject.original).parameters
-    for size in heads.rotated:
-        part = "" if size == heads.size else f", {size} of {heads.size} rotated"
+    for size in about.rotated:
+        part = "" if size == about.size else f", {size} of {about.size} rotated"
         for salt, (name, batch, tokens, first) in enumerate(
             (("13 tokens", 1, 13, 0), ("1 token", 1, 1, 4097), ("3x7 tokens", 3, 7, 100), ("no tokens", 1, 0, 0))
         ):
             positions = first + torch.arange(tokens, device="cpu").expand(batch, tokens)
             positions = positions + 11 * torch.arange(batch, device="cpu")[:, None]
-            cos, sin = _angles(subject, positions, size)
-            q = subject.normal(batch, tokens, heads.q, heads.size, salt=salt)
-            k = subject.normal(batch, tokens, heads.k, heads.size, salt=salt + 50)
+            cos, sin = angles(subject, positions, size)
+            q = subject.normal(batch, tokens, about.q, about.size, salt=salt)
+            k = subject.normal(batch, tokens, about.k, about.size, salt=salt + 50)
             both = q.transpose(1, 2), k.transpose(1, 2)
             dense = both[0].contiguous(), both[1].contiguous()
             grads = (0, 1)
@@ -353,9 +356,9 @@ def rotary(subject: Subject) -> Iterator[Case]:
             yield Case(f"{name}{part}, large and tiny", (dense[0] * 100, dense[1] * 1e-3, cos, sin), differentiable=grads)
             if batch > 1:
                 yield Case(f"{name}{part}, one cos for all", (*dense, cos[:1], sin[:1]), differentiable=grads)
-            packed = torch.full((batch, tokens, heads.q + 2 * heads.k, heads.size), torch.nan, device=q.device, dtype=q.dtype)
-            packed[:, :, : heads.q], packed[:, :, heads.q : heads.q + heads.k] = q, k
-            views = packed[:, :, : heads.q].transpose(1, 2), packed[:, :, heads.q : heads.q + heads.k].transpose(1, 2)
+            packed = torch.full((batch, tokens, about.q + 2 * about.k, about.size), torch.nan, device=q.device, dtype=q.dtype)
+            packed[:, :, : about.q], packed[:, :, about.q : about.q + about.k] = q, k
+            views = packed[:, :, : about.q].transpose(1, 2), packed[:, :, about.q : about.q + about.k].transpose(1, 2)
             yield Case(f"{name}{part}, slices of one projection", (*views, cos, sin), differentiable=grads)
             if "unsqueeze_dim" in named:
                 yield Case(f"{name}{part}, heads last", (q, k, cos, sin), {"unsqueeze_dim": 2}, differentiable=grads)
@@ -366,7 +369,8 @@ def rotary(subject: Subject) -> Iterator[Case]:
 # -- which ------------------------------------------------------------------
 
 
-def _positional(function: Callable[..., Any]) -> list[str]:
+def required(function: Callable[..., Any]) -> list[str]:
+    """Names of the positional parameters without a default."""
     kinds = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
     return [n for n, p in inspect.signature(function).parameters.items() if p.kind in kinds and p.default is p.empty]
 
@@ -391,4 +395,4 @@ def count(tensors: Sequence[Tensor]) -> int:
 
 def facts(site: Site, module: nn.Module) -> tuple[Any, ...]:
     """What the inputs of a function site depend on, for its verdict's key."""
-    return (repr(_heads(module)),) if site.row.probe == "rotary" else ()
+    return (repr(heads(module)),) if site.row.probe == "rotary" else ()

@@ -73,8 +73,9 @@ def digest(*parts: Any) -> str:
 
 
 def kernel(candidate: Implementation) -> tuple[Any, ...]:
-    """The bytes that run: the artifact's digest and those of its dependencies, and which layer of it."""
-    return *_digests(candidate.origin), candidate.layer, candidate.kind
+    """The bytes that run: the artifact's digest and those of its dependencies, which layer of it, and what serves each bucket."""
+    parts = tuple(None if part is None else kernel(part) for part in candidate.parts)
+    return *_digests(candidate.origin), candidate.layer, candidate.kind, *parts
 
 
 def _digests(artifact: Artifact) -> tuple[str, ...]:

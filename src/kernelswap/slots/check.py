@@ -104,7 +104,7 @@ class Conduct:
             return output
         served = settled()
         if slot.counting and part.site.kind == "function":  # a module's forward counts itself
-            part.count(by_kernel=served is not original)
+            part.count(by_kernel=served is not original and getattr(served, "serving", _always)(*args, **kwargs))
         return served(*args, **kwargs)
 
     def _check(
@@ -126,7 +126,11 @@ class Conduct:
             kernel = part.serving(training=module.training)
             if kernel is None or not part.due(slot.every, training=module.training, gradients=gradients):
                 return _UNANSWERED
-            if _nothing_to_compare((args, kwargs)) or (gradients and not kernel.backward):
+            if (
+                _nothing_to_compare((args, kwargs))
+                or (gradients and not kernel.backward)
+                or not getattr(kernel.forward, "serving", _always)(*args, **kwargs)  # a call of a size that the original serves
+            ):
                 part.count(by_kernel=False)
                 return original(*args, **kwargs)
             self.inside.a_check = True
@@ -165,6 +169,10 @@ class Conduct:
             answer = original(*args, **kwargs)  # raises in turn what the caller did wrong, and then nothing is decided
             return answer, Verdict(accepted=False, reason=f"raised {type(e).__name__} while being checked: {e}")
         return (_UNANSWERED if in_the_open else output), verdict
+
+
+def _always(*_: Any, **__: Any) -> bool:
+    return True
 
 
 _UNANSWERED = object()

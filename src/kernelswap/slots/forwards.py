@@ -150,7 +150,7 @@ def _tracing() -> Callable[[], bool]:
 
 def _counted(function: Forward, named: Forward, *, by_kernel: bool) -> Forward:
     """Counts eager calls; what runs inside compiled code is not seen."""
-    tracing = _tracing()
+    tracing, serving = _tracing(), getattr(function, "serving", None)
 
     @functools.wraps(named)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -158,7 +158,7 @@ def _counted(function: Forward, named: Forward, *, by_kernel: bool) -> Forward:
             slot = state.find(self)
             part = slot.module_part if slot is not None else None
             if part is not None:
-                part.count(by_kernel=by_kernel)
+                part.count(by_kernel=by_kernel and (serving is None or serving(self, *args, **kwargs)))
         return function(self, *args, **kwargs)
 
     return _marked(forward)

@@ -1,0 +1,118 @@
+"""Inputs to measure with: what a call of a given size looks like, for every kind of site that has a recipe.
+
+Sizes come in buckets. Most sites are called with rows; an activation knows no width, so its calls are counted in elements.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import inputs
+from .inputs import Subject
+
+MOST = 1 << 25
+"""Elements of one input: 128 MiB in float32. Larger calls are not measured."""
+WIDE = 1024  # elements of a row where the site does not say
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """What the size of a call is counted in, and the buckets: bucket i holds sizes up to `bounds[i]`, the last all others."""
+
+    unit: str
+    bounds: tuple[int, ...]
+    at: tuple[int, ...]
+    """The size that stands for each bucket."""
+
+    def bucket(self, size: int) -> int:
+        """Of a call of that size."""
+        return bisect.bisect_left(self.bounds, size)
+
+    def name(self, bucket: int) -> str:
+        """`1 row`, `2-16 rows`, `over 4096 rows`."""
+        if bucket == len(self.bounds):
+            return f"over {_short(self.bounds[-1])} {self.unit}s"
+        low, high = (self.bounds[bucket - 1] + 1 if bucket else 1), self.bounds[bucket]
+        if low == high:
+            return f"{high} {self.unit}"
+        return f"up to {_short(high)} {self.unit}s" if low == 1 or high > 4096 else f"{low}-{high} {self.unit}s"
+
+
+ROWS = Scale("row", (1, 16, 256, 4096), (1, 8, 64, 1024, 8192))
+ELEMENTS = Scale("element", (1 << 12, 1 << 16, 1 << 20, 1 << 23), (1 << 11, 1 << 14, 1 << 18, 1 << 21, 1 << 24))
+BY_PROBE = {
+    "rows": ROWS,
+    "gated_rows": ROWS,
+    "mlp": ROWS,
+    "rotary": ROWS,
+    "elementwise": ELEMENTS,
+    "gated": ELEMENTS,
+}
+
+
+def size_of(scale: Scale) -> Callable[[Tensor], int]:
+    """How a call's first tensor is counted. Plain arithmetic: compiled code guards on the comparison that follows it."""
+    if scale is ELEMENTS:
+        return lambda x: x.numel()
+    return lambda x: x.numel() // ((x.shape[-1] if x.dim() else 1) or 1)
+
+
+def sample(subject: Subject, bucket: int, salt: int = 0) -> tuple[Any, ...] | None:
+    """Positional arguments of one call in that bucket, or None: no call of this site is in it, or it is too large.
+
+    Hidden states are (1, rows, width), as a model gives them; q and k are views (1, heads, tokens, size) of what projections leave.
+    """
+    probe = subject.site.row.probe
+    size = BY_PROBE[probe].at[bucket]
+    made = _MADE[probe](subject, size, salt)
+    if made is None or BY_PROBE[probe].bucket(size_of(BY_PROBE[probe])(made[0])) != bucket:
+        return None
+    return made
+
+
+def _hidden(subject: Subject, size: int, salt: int, width: int | None, tensors: int = 1) -> tuple[Any, ...] | None:
+    if width is None or size * width > MOST:
+        return None
+    return tuple(subject.normal(1, size, width, salt=salt + 31 * i) for i in range(tensors))
+
+
+def _elements(subject: Subject, size: int, salt: int, tensors: int = 1, wider: int = 1) -> tuple[Any, ...]:
+    shape = 1, max(1, size // WIDE), min(size, WIDE)
+    return tuple(subject.normal(*shape[:2], shape[2] * wider, salt=salt + 31 * i) for i in range(tensors))
+
+
+def _gated(subject: Subject, size: int, salt: int) -> tuple[Any, ...]:
+    one = len(inputs.required(subject.original)) - (subject.site.kind == "module") == 1
+    return _elements(subject, size // 2, salt, 1, 2) if one else _elements(subject, size, salt, 2)
+
+
+def _rotary(subject: Subject, size: int, salt: int) -> tuple[Any, ...] | None:
+    about = inputs.heads(subject.module)
+    many, few = about.whole
+    tokens = size // many
+    if not tokens or size * about.size > MOST:
+        return None
+    cos, sin = inputs.angles(subject, torch.arange(tokens, device="cpu")[None], about.rotated[0])
+    q = subject.normal(1, tokens, many, about.size, salt=salt)
+    k = subject.normal(1, tokens, few, about.size, salt=salt + 31)
+    return q.transpose(1, 2), k.transpose(1, 2), cos, sin
+
+
+_MADE: dict[str, Callable[[Subject, int, int], tuple[Any, ...] | None]] = {
+    "rows": lambda s, size, salt: _hidden(s, size, salt, inputs.width(s.module)),
+    "gated_rows": lambda s, size, salt: _hidden(s, size, salt, inputs.width(s.module), 2),
+    "mlp": lambda s, size, salt: _hidden(s, size, salt, inputs.in_features(s.module)),
+    "rotary": _rotary,
+    "elementwise": _elements,
+    "gated": _gated,
+}
+
+
+def _short(count: int) -> str:
+    return f"{count >> 20} Mi" if count >= 1 << 20 else f"{count >> 10} Ki" if count >= 1 << 14 else str(count)
