@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,9 +19,10 @@ from torch import nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
+from kernelswap import locking, sbom
 from kernelswap.api import Swapper
 from kernelswap.errors import TableError
-from kernelswap.proof import Check, Verdicts
+from kernelswap.proof import Check, Verdicts, samples, speed
 from kernelswap.types import Kept, Mode, Row, Swap, Use
 
 # Compiled kernels, so that the fast one is fast, of which two take their time: `Uneven` beyond 16 rows, `Slow` always.
@@ -258,6 +260,19 @@ def test_equal_modules_share_their_class(make_swapper):
         first = type(model[0])
     with swapper.swap(model, choose="measured", check="off"):
         assert type(model[0]).forward is first.forward, "the next swap too: compiled code guards on it"
+
+
+def test_a_lock_and_a_bill_of_materials_name_every_kernel_that_may_serve(make_swapper):
+    swapper, model = make_swapper("Slow", "RMSNorm"), norms()
+    outcomes = swapper.plan(model, mode=Mode.INFERENCE)
+    (kernel,) = [outcomes[0].inference.implementation.origin]
+    other = replace(outcomes[0].inference.implementation, origin=replace(kernel, digest="f" * 64))
+    mixed = samples.ROWS, [outcomes[0].inference.implementation, other, None, None, None], Qwen3RMSNorm.forward
+    both = replace(outcomes[0].inference, implementation=speed.mixture(*mixed, outcomes[0].inference.implementation))
+    plan = [replace(outcomes[0], inference=both)]
+    assert [a.digest for a in locking.serving(plan)] == [kernel.digest, "f" * 64]
+    named = {c["bom-ref"] for c in sbom.bill(plan)["components"]}
+    assert {f"kernel:{kernel.digest}", f"kernel:{'f' * 64}"} <= named
 
 
 def test_choose_takes_two_words(make_swapper):

@@ -298,6 +298,7 @@ def test_outcomes_as_json_have_everything():
                 "seconds_kernel": None,
                 "details": {},
             },
+            "measured": [],
             "passed": [{"spec": "other/norm@1:N", "why": "is for cuda, this is cpu"}],
         },
         "calls": 2,
@@ -307,6 +308,19 @@ def test_outcomes_as_json_have_everything():
     assert plain[1]["calls"] == 0
     assert (plain[2]["swapped"], plain[2]["reason"]) == (False, "has a LoRA adapter")
     assert render.outcomes_json(rows)[0]["calls"] is None
+
+
+def test_what_was_measured_is_said_by_what_serves():
+    one = (("1 row", "a/b:N", 2.0), ("2-16 rows", "a/b:N", 3.456), ("17-256 rows", "", None), ("over 4096 rows", "a/b:N", None))
+    text = "measured: 2.00x on 1 row, 3.46x on 2-16 rows, not measured on over 4096 rows; the original on 17-256 rows"
+    assert render.measured(Choice(NORM, measured=one)) == text
+    line = render.outcomes([Swap(site(0), Choice(NORM, measured=one), Choice(NORM, measured=one))]).splitlines()[1]
+    assert line.endswith(f"not checked; {text}")
+    two = (("1 row", "a/b:N", 2.0), ("2-16 rows", "torch.compile", 4.0))
+    assert render.measured(Choice(NORM, measured=two)) == "measured: a/b:N 2.00x on 1 row; torch.compile 4.00x on 2-16 rows"
+    assert render.measured(Choice(NORM)) == ""
+    plain = render.outcomes_json([Swap(site(0), Choice(NORM, measured=one), Choice(None))])[0]
+    assert plain["inference"]["measured"][2] == {"size": "17-256 rows", "serves": None, "speedup": None}
 
 
 @pytest.mark.parametrize("error", [float("nan"), float("inf"), float("-inf")])

@@ -75,7 +75,7 @@ WRONG = [
     ("[[swap]]\nlayer = 'a'\ntaget = []", "t.toml:1: row 1 (a): unknown key `taget`, did you mean `targets`?"),
     (
         "[[swap]]\nlayer = 'a'\nzzz = []",
-        "t.toml:1: row 1 (a): unknown key `zzz`, known: layer, kind, targets, needs, probe, note, off, use",
+        "t.toml:1: row 1 (a): unknown key `zzz`, known: layer, kind, targets, needs, probe, note, off, use, rivals",
     ),
     (
         "[[swap]]\nlayer = 'a'\nkind = 'modul'",
@@ -248,3 +248,15 @@ def test_where_a_use_may_serve(on, device, machine, fits):
 def test_why_it_may_not_is_said():
     assert table.misfit(Use("a/b", ("cuda:sm90", "rocm")), "cuda:0", CUDA) == "is for cuda:sm90, rocm, this is cuda:0, sm80"
     assert table.misfit(Use("a/b", ("cuda",)), "cpu", CUDA) == "is for cuda, this is cpu"
+
+
+def test_rivals_are_read_merged_and_kept_apart_from_what_serves_unmeasured():
+    text = '[[swap]]\nlayer = "N"\ntargets = ["N"]\nuse = ["a/b:N"]\nrivals = ["c/d:N", {spec = "e/f:N", on = ["cuda"]}]\n'
+    (row,) = table.parse(text, where="t.toml")
+    assert [u.spec for u in row.use] == ["a/b:N"]
+    assert [(u.spec, u.on) for u in row.rivals] == [("c/d:N", ()), ("e/f:N", ("cuda",))]
+    (merged,) = table.merge([row], [Row("N", use=(Use("e/f:N"),), rivals=(Use("g/h:N"),))])
+    assert [u.spec for u in merged.use] == ["e/f:N", "a/b:N"]
+    assert [u.spec for u in merged.rivals] == ["g/h:N", "c/d:N"], "what serves anyway is no rival"
+    with pytest.raises(TableError, match=r"row 1 \(N\): rivals 1: `spec` is missing"):
+        table.parse('[[swap]]\nlayer = "N"\nrivals = [{}]', where="t.toml")

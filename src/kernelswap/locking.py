@@ -113,7 +113,7 @@ def serving(outcomes: Iterable[Outcome]) -> list[Artifact]:
     """The kernels behind a plan, each once."""
     swaps = (o for o in outcomes if isinstance(o, Swap))
     served = (choice.implementation for o in swaps for choice in (o.inference, o.training))
-    return list({i.origin.digest: i.origin for i in served if i is not None}.values())
+    return list({k.origin.digest: k.origin for i in served if i is not None for k in i.kernels}.values())
 
 
 def of_artifacts(artifacts: Iterable[Artifact], former: Lock | None = None) -> Lock:

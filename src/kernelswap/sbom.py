@@ -72,9 +72,8 @@ def _sites(outcomes: Iterable[Outcome]) -> Sites:
         if isinstance(swap, Swap):
             serving: dict[tuple[str, str], tuple[Artifact, list[str]]] = {}
             for mode, choice in (("inference", swap.inference), ("training", swap.training)):
-                if choice.implementation is not None:
-                    origin = choice.implementation.origin
-                    serving.setdefault((origin.digest, choice.implementation.layer), (origin, []))[1].append(mode)
+                for kernel in choice.implementation.kernels if choice.implementation is not None else ():
+                    serving.setdefault((kernel.origin.digest, kernel.layer), (kernel.origin, []))[1].append(mode)
             for (digest, layer), (origin, modes) in serving.items():
                 found.setdefault(digest, (origin, []))[1].append((swap.site.path, layer, " and ".join(modes)))
     return {digest: (origin, sorted(where)) for digest, (origin, where) in found.items()}

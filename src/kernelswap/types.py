@@ -292,6 +292,12 @@ class Implementation:
     one everywhere. `forward.serving(*args, **kwargs)` then says which part a call goes to.
     """
 
+    @property
+    def kernels(self) -> tuple[Implementation, ...]:
+        """What a lock or a bill of materials names: this one or its parts, each once; the original, compiled, is no kernel."""
+        parts = dict.fromkeys(self.parts or (self,))
+        return tuple(p for p in parts if p is not None and p.origin.candidate.source != "torch")
+
     def cannot(self, run: Run) -> str | None:
         """Why this cannot serve `run`, or `None`."""
         if run.training and not self.backward:
