@@ -9,6 +9,7 @@
   - UndoConflict      someone wrapped the module after we did              caller
   - Required          `require=` named a swap that did not happen          caller
   - NoVariant         published, but no build fits this machine            machine
+  - Unsuited          the same; a build was left out by its metadata       machine
   - MissingDependency a Python package that the kernel needs is absent     machine
   - BuildFailed       compiling sources failed, or there is no compiler    machine
   - StoreError        cache unreadable, read-only or out of space          machine
@@ -102,6 +103,10 @@ class NoVariant(KernelSwapError, FileNotFoundError):
     """Published, but no build fits this machine; the message carries every variant with its reason."""
 
     fault = "machine"
+
+
+class Unsuited(NoVariant, RuntimeError):
+    """No build fits, and one that would is for other chips, or for a newer loader: what its name does not say, its metadata does."""
 
 
 class MissingDependency(KernelSwapError, ImportError):

@@ -21,9 +21,10 @@ from . import layers, loader, render, spec
 from . import machine as machines
 from . import metadata as metadata_file
 from . import policy as policies
+from . import variant as variants
 from .audit import Audit
 from .background import Background
-from .errors import BuildFailed, KernelSwapError, NoVariant, SpecError, UnknownKernel
+from .errors import BadMetadata, BuildFailed, KernelSwapError, NoVariant, SpecError, UnknownKernel, Unsuited
 from .job import Job
 from .lock import Lock
 from .policy import Policy
@@ -375,6 +376,13 @@ def _no_variant(resolution: Resolution) -> NoVariant:
         head = f"its only build, {judged[0].candidate.variant}, does not fit: {judged[0].rejected}"
     else:
         head = f"none of its {len(judged)} builds fits; the nearest, {judged[0].candidate.variant}: {judged[0].rejected}"
-    return NoVariant(
-        "\n".join((head, *render.resolution(resolution).splitlines()[1:])), asked=f"looking for {resolution.requirement}"
-    )
+    kind = Unsuited if any(_named_for(j.candidate.variant, resolution.machine) for j in judged) else NoVariant
+    return kind("\n".join((head, *render.resolution(resolution).splitlines()[1:])), asked=f"looking for {resolution.requirement}")
+
+
+def _named_for(variant: str, machine: Machine) -> bool:
+    """By its name, the build is for this machine."""
+    try:
+        return variants.misfit(variants.parse(variant), machine) is None
+    except BadMetadata:
+        return False
