@@ -11,6 +11,7 @@ import difflib
 import functools
 import inspect
 import keyword
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
@@ -68,6 +69,20 @@ def offers(kernel: Kernel) -> tuple[str, ...]:
     return (*sorted(classes), *sorted(functions - classes))
 
 
+def layout(kernel: Kernel, layer: str) -> type[nn.Module] | None:
+    """The class `<layer>Layout` beside a layer, which holds the weights as the layer reads them; `None` where there is none.
+
+    Raises:
+        UnknownKernel: the kernel has no such layer.
+    """
+    import torch.nn as nn
+
+    value = _look_up(kernel, layer)
+    home = sys.modules.get(getattr(value, "__module__", ""))
+    found = getattr(home, f"{getattr(value, '__name__', layer)}Layout", None)
+    return found if inspect.isclass(found) and issubclass(found, nn.Module) else None
+
+
 def _look_up(kernel: Kernel, name: str) -> Any:
     asked = _asked(kernel, name)
     if not name.isidentifier() or keyword.iskeyword(name) or name.startswith("_"):
@@ -90,9 +105,10 @@ def _look_up(kernel: Kernel, name: str) -> Any:
     )
 
 
-def _layers(kernel: Kernel) -> ModuleType | None:
+def _layers(kernel: Kernel) -> Any:
+    """A module `layers`, or a class that serves as one, as Transformers' own guide to writing kernels has it."""
     found = getattr(kernel.module, "layers", None)
-    return found if isinstance(found, ModuleType) else None
+    return found if isinstance(found, ModuleType) or (inspect.isclass(found) and _is_ours(kernel, found)) else None
 
 
 def _public(module: ModuleType) -> list[str]:

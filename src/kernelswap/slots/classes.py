@@ -268,7 +268,7 @@ def _methods(base: Any) -> dict[str, Any]:
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:  # noqa: N807  # becomes the method of that name
         reduced = base.__reduce_ex__(self, protocol)
-        return _as_original(reduced, ours(type(self)), base) if isinstance(reduced, tuple) else reduced
+        return as_original(reduced, ours(type(self)), base) if isinstance(reduced, tuple) else reduced
 
     def __deepcopy__(self: Any, memo: dict[int, Any]) -> Any:  # noqa: N807
         theirs = getattr(base, "__deepcopy__", None)
@@ -319,7 +319,8 @@ def _adopt(twin: Any, source: Any) -> Any:
     return twin
 
 
-def _as_original(reduced: tuple[Any, ...], mine: type[Any] | None, base: Any) -> tuple[Any, ...]:
+def as_original(reduced: tuple[Any, ...], mine: type[Any] | None, base: Any) -> tuple[Any, ...]:
+    """What `__reduce_ex__` gave for an instance of `mine`, so that a `base` is made of it."""
     function: Any
     function, args, *rest = reduced
     if function is copyreg.__newobj__ and args and args[0] is mine:  # type: ignore[attr-defined]  # not in the stubs

@@ -10,12 +10,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ... import api, spec
+from ... import api, layers, spec, table
 from ... import mode as modes
 from ...errors import KernelSwapError, ModeError, Refused, Tampered, UndoConflict
+from ...provider import Terms
 from ...slots import module as module_slot
 from ...sources.environment import Environment
-from ...types import Kept, Mode, Outcome, Swap
+from ...types import Kept, Mode, Outcome, Swap, Use
+from . import layouts
 from . import wanted as wanting
 from .config import KernelConfig
 from .mapping import mode_of
@@ -68,7 +70,11 @@ class Switch:
 
     def is_on(self, model: nn.Module) -> bool:
         """Whether kernels were asked for: for this model, a part of it, or the model that it is a copy of."""
-        return model in self._states or next(iter(module_slot.swapped(model)), None) is not None
+        return (
+            model in self._states
+            or next(iter(module_slot.swapped(model)), None) is not None
+            or next(layouts.layouts(model), None) is not None
+        )
 
     def on(self, model: nn.Module, config: Any = None, mode: Any = None, *, trust: bool = False) -> None:
         """Give `model` the kernels that the table and `config` name. What it had before is taken back first.
@@ -94,31 +100,83 @@ class Switch:
             if why is not None:
                 self._say(f"kernels are switched off: {why}")
                 return
-            wanted = wanting.want(model, state.config, self.swapper.table, has_layer=self._has_layer(state))
+            before = self._held(model)
             try:
-                applied = self.swapper.swap(
-                    model,
-                    table=wanted.rows,
-                    inherit=config is None or config.inherit_mapping,
-                    prefer=wanted.prefer,
-                    skip=wanted.skip,
-                    mode=state.mode,
-                    hub=True,
-                    build=self.build,
-                    trust=True if state.trust else wanted.trust,
-                    progress=self._progress,
-                )
-            except UndoConflict as e:
-                # Something (torch.compile, hooks of another library) sits on top: what is there goes on.
-                if model not in self._states:
+                self._swap(model, state, former)
+            except BaseException as e:
+                if self._held(model) != before:
+                    self._back(model)
+                    if model in self._states:
+                        self._swap(model, former, State())
+                if not isinstance(e, UndoConflict) or model not in self._states:
                     raise
+                # Something (torch.compile, hooks of another library) sits on top: what is there goes on.
                 self._say(f"the kernels of this {type(model).__name__} stay as they were: {e.reason}")
-                return
-            self._restore_attention(former)
-            self._states[model] = state
-            self._attention(model, wanted, state)
-            for line in (*wanted.notes, *lines(applied.outcomes, wanted.named)):
-                self._say(line)
+
+    @staticmethod
+    def _held(model: nn.Module) -> tuple[list[str], bool]:
+        return [path for path, _ in layouts.layouts(model)], next(iter(module_slot.swapped(model)), None) is not None
+
+    def _back(self, model: nn.Module) -> None:
+        """Kernels out, then the modules back that layouts replaced."""
+        self.swapper.unkernelize(model)
+        layouts.unfuse(model)
+
+    def _swap(self, model: nn.Module, state: State, former: State) -> None:
+        if next(layouts.layouts(model), None) is not None:  # what a config names is what the model was
+            self._back(model)
+        wanted = wanting.want(
+            model, state.config, self.swapper.table, has_layer=self._has_layer(state), layout_of=self._layout_of(state)
+        )
+        self._fuse(model, wanted)
+        applied = self.swapper.swap(
+            model,
+            table=wanted.rows,
+            inherit=state.config is None or state.config.inherit_mapping,
+            prefer=wanted.prefer,
+            skip=wanted.skip,
+            mode=state.mode,
+            hub=True,
+            build=self.build,
+            trust=True if state.trust else wanted.trust,
+            progress=self._progress,
+        )
+        self._restore_attention(former)
+        self._states[model] = state
+        self._attention(model, wanted, state)
+        for line in (*wanted.notes, *lines(applied.outcomes, wanted.named)):
+            self._say(line)
+        idle = {o.site.path for o in applied.outcomes if isinstance(o, Kept)}
+        layouts.unfuse(model, [path for path, _ in layouts.layouts(model) if path in idle])
+
+    def _fuse(self, model: nn.Module, wanted: wanting.Wanted) -> None:
+        """Layouts into the model; one line for each reason why one stays out."""
+        if not wanted.fused:
+            return
+        self.swapper.unkernelize(model)
+        kept: dict[str, dict[str, int]] = {}
+        single = [fuse.path for fuse in wanted.fused if fuse.single]
+        made: dict[str, Any] = {}
+        why: str | None = "how it was made is not known"
+        try:
+            made = layouts.constructed(model, single) if single else {}
+        except layouts.Declined as e:
+            why = str(e)
+        for fuse in wanted.fused:
+            found = why
+            if not fuse.single or fuse.path in made:
+                found = layouts.attempt(model, fuse.parent, fuse.names, fuse.layout, made.get(fuse.path))
+            if found is not None:
+                counts = kept.setdefault(f"{fuse.use.spec}: {found}", {})
+                counts[fuse.layer] = counts.get(fuse.layer, 0) + 1
+        for reason, counts in kept.items():
+            wanted.notes.append(f"{reason}; PyTorch goes on for {', '.join(f'{layer} ({n})' for layer, n in counts.items())}")
+        taken = {type(layout).__name__ for _, layout in layouts.layouts(model)}
+        wanted.rows = [
+            row
+            for row in wanted.rows
+            if not row.targets or row.targets[0] not in {f.layout.__name__ for f in wanted.fused} - taken
+        ]
 
     def off(self, model: nn.Module) -> None:
         """Give `model` back as it was.
@@ -127,7 +185,7 @@ class Switch:
             UndoConflict: something wrapped a module since; undo that first. Nothing was changed.
         """
         with self._lock:
-            self.swapper.unkernelize(model)
+            self._back(model)
             self._restore_attention(self._states.pop(model, State()))
 
     def load(self, text: str, *, trust: bool = False) -> Any:
@@ -160,6 +218,23 @@ class Switch:
             ref, before = state.attention.pop()
             if (model := ref()) is not None:
                 model.set_attn_implementation(before)
+
+    def _layout_of(self, state: State) -> wanting.LayoutOf:
+        trust: Any = state.trust or [name for entry in state.config.entries() for name in entry.trust] if state.config else False
+
+        def of(use: Use, device: str) -> Any:
+            layer = spec.parse(use.spec).layer
+            why = table.misfit(use, device, self.swapper.machine)
+            if why is not None or layer is None:
+                return why
+            try:
+                return layers.layout(self.swapper.kernel(use.spec, device=device, terms=Terms(trust=trust)), layer)
+            except Refused:
+                raise
+            except KernelSwapError as e:
+                return e.reason
+
+        return of
 
     def _has_layer(self, state: State) -> Callable[[str], bool]:
         def has(text: str) -> bool:

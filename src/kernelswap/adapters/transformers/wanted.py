@@ -34,6 +34,29 @@ _DECORATED = re.compile(
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Fuse:
+    """Modules whose place a layout takes, for one kernel."""
+
+    parent: str
+    names: tuple[str, ...]
+    """Of the children of `parent`."""
+    use: Use
+    layer: str
+    layout: type[Any]
+    single: bool
+    """One module, made as it was made; else the layout is given the children."""
+
+    @property
+    def path(self) -> str:
+        """Where the layout goes."""
+        return f"{self.parent}.{self.names[0]}".lstrip(".")
+
+
+LayoutOf = Callable[[Use, str], "type[Any] | str | None"]
+"""The layout that the kernel's layer brings, for a module on a device; why it cannot be had; or that it needs none."""
+
+
 @dataclass
 class Wanted:
     """Arguments of `Swapper.swap`, and what else there is to say and to do."""
@@ -44,6 +67,7 @@ class Wanted:
     trust: list[str] = field(default_factory=list)
     attention: list[tuple[str, tuple[Use, ...]]] = field(default_factory=list)
     """Classes of attention modules, and the kernels that were named for them."""
+    fused: list[Fuse] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     """Lines for the user: names that mean nothing in this model."""
 
@@ -53,7 +77,9 @@ class Wanted:
         return {use.spec for row in self.rows for use in row.use} | {use.spec for uses in self.prefer.values() for use in uses}
 
 
-def want(model: nn.Module, config: KernelConfig | None, table: Sequence[Row], *, has_layer: Callable[[str], bool]) -> Wanted:
+def want(
+    model: nn.Module, config: KernelConfig | None, table: Sequence[Row], *, has_layer: Callable[[str], bool], layout_of: LayoutOf
+) -> Wanted:
     """What `config` wants of `model`, for a Swapper that starts from `table`.
 
     `has_layer(spec)`: whether the kernel has a layer of that name; asked for attention classes alone, whose kernel may also
@@ -71,15 +97,97 @@ def want(model: nn.Module, config: KernelConfig | None, table: Sequence[Row], *,
         uses = tuple(replace(use, spec=_at_known_version(use.spec, table)) for use in entry.uses)
         wanted.trust += entry.trust
         if entry.fused:
-            problems.append(f"{'|'.join('='.join(p) for p in entry.fused)}: several modules in one are not supported yet")
+            problems += _several(replace(entry, uses=uses), model, wanted, layout_of)
             continue
         for name in entry.names:
+            if _single(name, uses, names, wanted, layout_of):
+                continue
             problem = _one(name, replace(entry, uses=uses), names, wanted, has_layer)
             if problem is not None:
                 problems.append(problem)
     if problems:
         raise TableError("\n".join(problems), asked=f"applying a KernelConfig to {type(model).__name__}")
+    _around(wanted, names)
     return wanted
+
+
+# -- layers that come with a layout -----------------------------------------------------------------------------------
+
+
+def _several(entry: Entry, model: nn.Module, wanted: Wanted, layout_of: LayoutOf) -> list[str]:
+    """Add an entry of pairs (layer, glob over paths) to `wanted`; its problems."""
+    what = "|".join("=".join(pair) for pair in entry.fused)
+    patterns = [path.rpartition(".") for _, path in entry.fused]
+    parents = {parent for parent, _, _ in patterns}
+    if len(parents) > 1 or not all(parents):
+        return [f"{what}: modules that one kernel replaces have one parent, as model.layers.*.norm and model.layers.*.mlp"]
+    children = tuple(child for _, _, child in patterns)
+    parent = re.compile(r"\w+".join(map(re.escape, parents.pop().split("*"))))
+    here = [(path, module) for path, module in model.named_modules() if parent.fullmatch(path)]
+    if not here:
+        return [f"{what}: no module of this model is at {entry.fused[0][1].rpartition('.')[0]}"]
+    lacking = {child: path for path, module in here for child in children if child not in dict(module.named_children())}
+    if lacking:
+        return [f"{what}: {path} has no {child}" for child, path in lacking.items()]
+    for path, module in here:
+        _add(wanted, path, children, module.get_submodule(children[0]), entry.uses, layout_of, single=False)
+    return []
+
+
+def _single(name: str, uses: tuple[Use, ...], names: _Names, wanted: Wanted, layout_of: LayoutOf) -> bool:
+    """Whether the modules that `name` means get a layout, because a kernel that is named for them brings one."""
+    if not any(isinstance(layout_of(use, device), type) for use in uses for device in names.devices):
+        return False
+    known = [
+        s.path for s in names.sites if s.kind == "module" and (sites.named_by(name, s) or s.path in names.classes.get(name, []))
+    ]
+    paths = [path for path in known or names.classes.get(name, []) if path]
+    for path in paths:
+        parent, _, child = path.rpartition(".")
+        _add(wanted, parent, (child,), names.model.get_submodule(path), uses, layout_of, single=True)
+    return bool(paths)
+
+
+def _add(  # all that a Fuse holds
+    wanted: Wanted,
+    parent: str,
+    children: tuple[str, ...],
+    module: nn.Module,
+    uses: tuple[Use, ...],
+    layout_of: LayoutOf,
+    *,
+    single: bool,
+) -> None:
+    """The first kernel whose layout can be had; a line for each that was tried before it."""
+    device = str(next((t.device for t in module.state_dict().values()), "cpu"))
+    for use in uses:
+        layer = spec.parse(use.spec).layer or ""
+        found = layout_of(use, device)
+        if isinstance(found, type):
+            wanted.fused.append(Fuse(parent, children, use, layer, found, single))
+            row = Row(
+                layer if layer not in {r.layer for r in tables.default()} else found.__name__,
+                targets=(found.__name__,),
+                use=(use,),
+            )
+            wanted.rows += [row] if row not in wanted.rows else []
+            return
+        if not single and (line := f"{use.spec}: {found or f'it brings no {layer}Layout'}; PyTorch goes on") not in wanted.notes:
+            wanted.notes.append(line)
+
+
+def _around(wanted: Wanted, names: _Names) -> None:
+    """What else was said of modules that a layout replaces is moot."""
+    gone = {f"{fuse.parent}.{name}" for fuse in wanted.fused for name in fuse.names}
+
+    def inside(path: str) -> bool:
+        return any(path == one or path.startswith(f"{one}.") for one in gone) and path in set(names.paths)
+
+    wanted.skip = [path for path in wanted.skip if not inside(path)]
+    wanted.prefer = {path: uses for path, uses in wanted.prefer.items() if not inside(path)}
+
+
+# -- names ------------------------------------------------------------------------------------------------------------
 
 
 def _one(  # noqa: PLR0911  # one return for each thing that a name can mean
@@ -187,6 +295,10 @@ class _Names:
             for name in {cls.__name__, forward_of.__name__}:
                 found.setdefault(name, []).append(path)
         return found
+
+    @functools.cached_property
+    def devices(self) -> set[str]:
+        return {str(p.device) for p in self.model.parameters()} or {"cpu"}
 
     @functools.cached_property
     def paths(self) -> list[str]:
