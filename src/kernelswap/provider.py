@@ -21,10 +21,18 @@ from . import layers, loader, render, spec
 from . import machine as machines
 from . import metadata as metadata_file
 from . import policy as policies
-from . import variant as variants
 from .audit import Audit
 from .background import Background
-from .errors import BadMetadata, BuildFailed, KernelSwapError, NoVariant, SpecError, UnknownKernel, Unsuited
+from .errors import (
+    BadMetadata,
+    BuildFailed,
+    KernelSwapError,
+    MissingDependency,
+    NoVariant,
+    SpecError,
+    UnknownKernel,
+    Unsuited,
+)
 from .job import Job
 from .lock import Lock
 from .policy import Policy
@@ -368,7 +376,8 @@ def _metadata(source: Source, candidate: Candidate) -> Metadata:
     return metadata_file.parse(data if data is not None else b"{}", package=candidate.name, path_hint=hint)
 
 
-def _no_variant(resolution: Resolution) -> NoVariant:
+def _no_variant(resolution: Resolution) -> KernelSwapError:
+    """Nothing fits. Where a build does by its name, the error is about what its metadata says of the best of those."""
     judged = resolution.judged
     if not judged:
         head = next(iter(resolution.notes), "has no builds")
@@ -376,13 +385,13 @@ def _no_variant(resolution: Resolution) -> NoVariant:
         head = f"its only build, {judged[0].candidate.variant}, does not fit: {judged[0].rejected}"
     else:
         head = f"none of its {len(judged)} builds fits; the nearest, {judged[0].candidate.variant}: {judged[0].rejected}"
-    kind = Unsuited if any(_named_for(j.candidate.variant, resolution.machine) for j in judged) else NoVariant
+    kind = next((_KINDS[j.because] for j in judged if j.because in _KINDS), NoVariant)
     return kind("\n".join((head, *render.resolution(resolution).splitlines()[1:])), asked=f"looking for {resolution.requirement}")
 
 
-def _named_for(variant: str, machine: Machine) -> bool:
-    """By its name, the build is for this machine."""
-    try:
-        return variants.misfit(variants.parse(variant), machine) is None
-    except BadMetadata:
-        return False
+_KINDS: dict[str, type[KernelSwapError]] = {
+    "chip": Unsuited,
+    "packages": MissingDependency,
+    "unknown packages": BadMetadata,
+    "bad": BadMetadata,
+}

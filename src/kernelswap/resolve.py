@@ -24,6 +24,7 @@ PYTHON_DEPENDS: dict[str, dict[str, tuple[str, str | None]]] = {
 }
 """backend (`""`: any) -> name in `python-depends` -> (distribution, module to look for; None: nothing to look for)."""
 
+_NO_LIST = "on no list for"
 _WITHOUT_BRANCHES = ("dir", "bundled")
 
 
@@ -49,19 +50,21 @@ def resolve(
     fit: list[Judged] = []
     rejected: list[Judged] = []
     metadata: Metadata | None = None
-    for _, candidate, why in sorted(_by_name(candidates, machine), key=lambda item: item[0]):
-        if why is None and metadata is None:
+    for _, candidate, by_name in sorted(_by_name(candidates, machine), key=lambda item: item[0]):
+        judged = Judged(candidate, by_name, "name" if by_name is not None else "")
+        if by_name is None and metadata is None:
             try:
                 found = read(candidate)
-                why = _misfit(found, candidate, requirement, machine, device) or depends(found)  # noqa: PLW2901  # the next reason
             except (BadMetadata, NotCached) as e:
-                why = _bad(e)  # noqa: PLW2901  # the reason itself
-            if why is None:
-                metadata = found
-        if why is None:
-            fit.append(Judged(candidate, None))
-        else:
-            rejected.append(Judged(candidate, why))
+                judged = Judged(candidate, _bad(e), "bad" if isinstance(e, BadMetadata) else "absent")
+            else:
+                if (why := _misfit(found, candidate, requirement, machine, device)) is not None:
+                    judged = Judged(candidate, why, "chip")
+                elif (why := depends(found)) is not None:
+                    judged = Judged(candidate, why, "unknown packages" if _NO_LIST in why else "packages")
+                else:
+                    metadata = found
+        (fit if judged.rejected is None else rejected).append(judged)
     return Resolution(requirement, machine, (*fit, *rejected), metadata, (*notes, *_notes(metadata)))
 
 
@@ -73,7 +76,7 @@ def missing(metadata: Metadata, backend: str | None = None) -> str | None:
     known = {**PYTHON_DEPENDS[""], **PYTHON_DEPENDS.get(backend or metadata.backend, {})}
     for name in metadata.python_depends:
         if name not in known:
-            return f"needs the Python package {name!r}, which is on no list for {backend or metadata.backend}"
+            return f"needs the Python package {name!r}, which is {_NO_LIST} {backend or metadata.backend}"
         distribution, module = known[name]
         if module is not None and not _importable(module):
             return f"needs the Python package {distribution}, which is not installed"

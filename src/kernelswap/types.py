@@ -177,6 +177,9 @@ class Judged:
 
     candidate: Candidate
     rejected: str | None
+    because: Literal["", "name", "chip", "packages", "unknown packages", "bad", "absent"] = ""
+    """Where `rejected` is from: the build's name; or its metadata: chips or loader, Python packages that are missing, or that
+    no kernel may ask for; or that it does not parse, or is not here."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,7 +61,12 @@ def test_errors_have_the_types_that_callers_catch(kernels, hub):
     hub.organization("stranger", trusted=False)
     hub.repo("stranger/demo").branch("v1", kernel_files("torch-cpu", "x = 1"))
     published(hub, "org/broken", code="raise RuntimeError('no')")
-    published(hub, "org/needs", metadata={"python-depends": ["tvm-ffi"]})
+    published(hub, "org/needs", metadata={"python-depends": ["helion"]})
+    published(hub, "org/unknown", metadata={"python-depends": ["requests"]})
+    published(hub, "org/bad", metadata={"kernels-minver": "0.14"})
+    for one, other in (("first", "second"), ("second", "first")):
+        published(hub, f"org/{one}", metadata={"kernel-depends": [{"repo-id": f"org/{other}", "version": 1}]})
+    published(hub, "org/lacks", metadata={"kernel-depends": [{"repo-id": "org/nothing", "version": 1}]})
     with pytest.raises(ValueError, match="Only one of"):
         kernels.get_kernel("org/demo", version=1, revision="v1")
     with pytest.raises(ValueError, match="9"):
@@ -74,6 +79,18 @@ def test_errors_have_the_types_that_callers_catch(kernels, hub):
         kernels.get_kernel("org/nothing", version=1)
     with pytest.raises(FileNotFoundError):
         kernels.get_kernel("org/elsewhere", version=1)
+    with pytest.raises(ImportError, match="helion, which is not installed"):
+        kernels.get_kernel("org/needs", version=1)
+    with pytest.raises(ValueError, match="'requests', which is on no list"):
+        kernels.get_kernel("org/unknown", version=1)
+    with pytest.raises(ValueError, match=r"kernels-minver: '0\.14' is not three numbers"):
+        kernels.get_kernel("org/bad", version=1)
+    with pytest.raises(ValueError, match=r"org/first.*org/second.*org/first"):
+        kernels.get_kernel("org/first", version=1)
+    with pytest.raises(ValueError, match="org/nothing"):
+        kernels.get_kernel("org/lacks", version=1)
+    with pytest.raises(RuntimeError):
+        kernels.get_kernel_dep("org/demo")
     with pytest.raises(ImportError) as failed:
         kernels.get_kernel("org/broken", version=1)
     assert isinstance(failed.value.__cause__, RuntimeError)
