@@ -473,8 +473,13 @@ class Prover(Protocol):
         run: Run,
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
+        *,
+        anew: bool = False,
     ) -> tuple[Any, Verdict]:
-        """On the real tensors of the first call. The output is the original's when the kernel is refused."""
+        """On the real tensors of the first call. The output is the original's when the kernel is refused.
+
+        `anew`: whatever was found before, for the calls that `check="always"` and `"sample:N"` pick; passed only for them.
+        """
         ...
 
 

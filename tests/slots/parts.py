@@ -154,7 +154,7 @@ class Prover:
     def equivalent(self, site, module, original, candidate, run):
         return Verdict(accepted=True, reason="not looked at")
 
-    def first_call(self, site, module, original, candidate, run, args, kwargs):
+    def first_call(self, site, module, original, candidate, run, args, kwargs, *, anew=False):
         with self.lock:
             self.calls.append((site.path, run))
         bound = (module, *args) if site.kind == "module" else args
@@ -175,7 +175,7 @@ def swapped(module=None, implementation=None, *, training=..., check="off", prov
 class Comparing(Prover):
     """Accepts what is close to the original on the tensors of the call."""
 
-    def first_call(self, site, module, original, candidate, run, args, kwargs):
+    def first_call(self, site, module, original, candidate, run, args, kwargs, *, anew=False):
         bound = (module, *args) if site.kind == "module" else args
         theirs, ours = original(*bound, **kwargs), candidate.forward(*bound, **kwargs)
         with self.lock:

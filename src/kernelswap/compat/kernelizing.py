@@ -121,9 +121,11 @@ class OnRealTensors:
         run: Run,
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
+        *,
+        anew: bool = False,
     ) -> tuple[Any, Verdict]:
         """As `Prover.first_call`."""
-        return self.inner.first_call(site, module, original, candidate, run, args, kwargs)
+        return self.inner.first_call(site, module, original, candidate, run, args, kwargs, **({"anew": True} if anew else {}))
 
 
 # -- from what is registered to rows --------------------------------------------------------------------------------------

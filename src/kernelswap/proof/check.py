@@ -110,7 +110,7 @@ class Check:
                 except Exception as e:  # noqa: BLE001  # whatever stands in the way of a proof: the original stays, with this reason
                     why = f"there is no way to test it: {type(e).__name__}: {' '.join(str(e).split())[:300]}"
                     verdict, lasting = Verdict(accepted=False, reason=why), False
-                return self._keep(parts, verdict, lasting=lasting)
+                return self._keep(parts, _holding(verdict, keys.about(candidate, site, device, run, None)), lasting=lasting)
 
     def _random(self, subject: Subject, candidate: Implementation, run: Run, cases: Iterator[Case]) -> tuple[Verdict, bool]:
         errors, skipped, pairs = trial.Errors(), "", _Pairs(subject, candidate, run)
@@ -161,6 +161,8 @@ class Check:
         run: Run,
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
+        *,
+        anew: bool = False,
     ) -> tuple[Any, Verdict]:
         """On the real tensors. The output is the kernel's, part of the caller's autograd graph; the original's when refused."""
         real = Real(site, module if site.kind == "module" else None, original, candidate, args, kwargs)
@@ -168,16 +170,9 @@ class Check:
             return real.by_original(), Verdict(accepted=False, reason="was called by a check of another kernel")
         if self.mode == "off":
             return real.by_kernel(Verdict(accepted=True, reason="not checked: check is off"))
-        parts = (
-            "real",
-            keys.kernel(candidate),
-            keys.subject(site, module, original),
-            keys.place(real.device),
-            (run.training, run.compiled),
-            keys.bucket(args, kwargs),
-        )
+        parts = _real_parts(site, module, original, candidate, run, real)
         with self._lock:  # one check at a time: they seed the generators. Never held while a real module is called
-            known = self._known(parts) if self.mode == "first-use" else None
+            known = self._known(parts) if self.mode == "first-use" and not anew else None
             if known is None:
                 with (
                     self._alone(),
@@ -187,10 +182,28 @@ class Check:
                     verdict, lasting = real.on_copies()
         if known is not None:
             return real.by_kernel(known) if known.accepted else (real.by_original(), known)
+        about = keys.about(candidate, site, real.device, run, inputs.count(real.held))
         if not verdict.accepted:
-            return real.by_original(), self._keep(parts, verdict, lasting=lasting)
+            return real.by_original(), self._keep(parts, _holding(verdict, about), lasting=lasting)
         output, verdict = real.answered(verdict)
-        return output, self._keep(parts, verdict, lasting=True)
+        return output, self._keep(parts, _holding(verdict, about), lasting=True)
+
+    def known(
+        self,
+        site: Site,
+        module: nn.Module,
+        original: Callable[..., Any],
+        candidate: Implementation,
+        run: Run,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> Verdict | None:
+        """What `first_call` would go by without running anything; `None`: it would have to look."""
+        if self.mode != "first-use" or getattr(self._busy, "now", False):
+            return None
+        real = Real(site, module if site.kind == "module" else None, original, candidate, args, kwargs)
+        with self._lock:
+            return self._known(_real_parts(site, module, original, candidate, run, real))
 
     # -- verdicts --
 
@@ -215,6 +228,26 @@ class Check:
             yield
         finally:
             self._busy.now = False
+
+
+def _real_parts(
+    site: Site, module: nn.Module, original: Callable[..., Any], candidate: Implementation, run: Run, real: Real
+) -> tuple[Any, ...]:
+    """What the verdict of a real call holds for."""
+    return (
+        "real",
+        keys.kernel(candidate),
+        keys.subject(site, module, original),
+        keys.place(real.device),
+        (run.training, run.compiled),
+        keys.bucket(real.args, real.kwargs),
+    )
+
+
+def _holding(verdict: Verdict, about: tuple[tuple[str, str], ...]) -> Verdict:
+    """The verdict with what it holds for, after what was found."""
+    named = {name for name, _ in about}
+    return dataclasses.replace(verdict, details=(*(d for d in verdict.details if d[0] not in named), *about))
 
 
 def _every(mode: str) -> int | None:

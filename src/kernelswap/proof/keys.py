@@ -21,7 +21,7 @@ from .. import sites
 from ..types import Artifact, Implementation, Run, Site
 from . import inputs
 
-CHECK_VERSION = 1
+CHECK_VERSION = 2
 """Raised when the checks become stricter: older verdicts are void then."""
 
 _SCALARS = (int, float, bool, str, type(None))
@@ -56,15 +56,39 @@ def bucket(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
     """What of a call decides whether an earlier verdict holds for it: rows (1, 2-16, 17-256, more), layouts, dtypes, gradients."""
     leaves = pytree.tree_leaves((tuple(args), dict(kwargs)))
     held = [t for t in leaves if isinstance(t, Tensor)]
-    rows = inputs.count(held)
-    size = next(i for i, most in enumerate((0, 1, 16, 256, sys.maxsize)) if rows <= most)
+    size = size_of(inputs.count(held))
     kinds = tuple(
         (str(t.dtype), t.ndim, t.shape[-1] if t.ndim else 0, t.is_contiguous(), t.requires_grad, t.device.type) for t in held
     )
     others = tuple(repr(v) for v in leaves if isinstance(v, _SCALARS))
     device = held[0].device.type if held else "cpu"
     cast = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else ""
-    return size, kinds, others, tuple(kwargs), cast, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    return size, kinds, others, tuple(kwargs), cast, torch.is_grad_enabled()  # a check looks at both ways to do without gradients
+
+
+SIZES = ((0, "no rows"), (1, "1 row"), (16, "2-16 rows"), (256, "17-256 rows"), (sys.maxsize, "over 256 rows"))
+
+
+def size_of(rows: int) -> int:
+    """The size bucket that a number of rows falls into, an index of `SIZES`."""
+    return next(i for i, (most, _) in enumerate(SIZES) if rows <= most)
+
+
+def about(candidate: Implementation, site: Site, device: torch.device, run: Run, rows: int | None) -> tuple[tuple[str, str], ...]:
+    """What a verdict holds for, in words: the key itself can only be compared. `rows` is None for random tensors."""
+    origin = candidate.origin
+    found = (
+        ("kernel", f"{origin.candidate.name}:{candidate.layer}"),
+        ("build", origin.candidate.variant),
+        ("digest", origin.digest),
+        ("original", site.target),
+        ("layer", site.layer),
+        ("dtype", site.dtype.removeprefix("torch.")),
+        ("tensors", "random" if rows is None else SIZES[size_of(rows)][1]),
+        ("mode", ("training" if run.training else "inference") + (", compiled" if run.compiled else "")),
+        ("machine", ", ".join(filter(None, (p for p in place(device) if p != "None")))),
+    )
+    return tuple((name, value) for name, value in found if value)
 
 
 def digest(*parts: Any) -> str:
