@@ -29,7 +29,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_
 from kernelswap import build, machine
 
 HERE = Path(__file__).parent
-SOURCES = HERE.parents[0] / "src" / "kernelswap" / "bundled" / "layers"
+SOURCES = Path(build.__file__).parent / "bundled" / "layers"
 SHAPES = ((1, 1024), (16, 1024), (512, 1024), (4096, 1024), (4096, 4096))
 
 
@@ -186,6 +186,14 @@ def main():
         start = time.perf_counter()
         kernel = load(args.built or Path(fresh))
         compiled = time.perf_counter() - start
+        facts = {
+            "torch": torch.__version__,
+            "threads": args.threads,
+            "cpu": cpu(),
+            "compile_s": round(compiled, 1),
+            "rounds": rounds,
+        }
+        args.output.parent.mkdir(parents=True, exist_ok=True)
         print(f"torch {torch.__version__}, {args.threads} threads, compiled and imported in {compiled:.1f} s")
         print(
             f"{'op':22} {'rows':>5} {'n':>5} {'dtype':9} {'eager us':>10} {'ours us':>10} {'copy us':>10} {'eager/ours':>10} {'p10':>6} {'of copy':>7}"
@@ -200,14 +208,14 @@ def main():
                         for k, v in row(case, rows, n, dtype, args.training, rounds, budget).items()
                     }
                     found.append(r)
+                    part = args.output.with_suffix(".part")
+                    part.write_text(json.dumps({"machine": facts, "rows": found}, indent=1))
+                    part.replace(args.output)  # whoever ends this run finds whole rows
                     print(
                         f"{r['op']:22} {rows:5} {n:5} {r['dtype']:9} {r['eager_us']:10.1f} {r['ours_us']:10.1f} {r['floor_us']:10.1f} "
                         f"{r['ratio']:10.2f} {r['ratio_low']:6.2f} {r['of_floor']:7.2f}",
                         flush=True,
                     )
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    facts = {"torch": torch.__version__, "threads": args.threads, "cpu": cpu(), "compile_s": round(compiled, 1), "rounds": rounds}
-    args.output.write_text(json.dumps({"machine": facts, "rows": found}, indent=1))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,9 @@ import torch
 import torch.nn.functional as F
 from gpu_timing import device_us, element_wise_bandwidth, host_us, relative, wall_ms, write
 
-BUILD = Path(__file__).parents[1] / "src/kernelswap/bundled/layers/build/torch-cuda"
+import kernelswap
+
+BUILD = Path(kernelswap.__file__).parent / "bundled/layers/build/torch-cuda"
 package = types.ModuleType("layers_cuda")
 package.__path__ = [str(BUILD)]
 sys.modules["layers_cuda"] = package
@@ -54,6 +56,8 @@ def row(name: str, shape: str, floor_us: float, took: dict[str, tuple[float, flo
     entry["spread"] = {k: round(v[1], 3) for k, v in took.items()}
     entry["share_of_floor"] = {k: round(floor_us / v[0], 3) for k, v in took.items()}
     ROWS.append(entry)
+    if len(sys.argv) > 1:
+        write(ROWS, Path(sys.argv[1]))
     best = min((v[0], k) for k, v in took.items() if k != "kernelswap") if len(took) > 1 else (0.0, "-")
     ours = took["kernelswap"][0]
     print(

@@ -61,6 +61,8 @@ def row(what: str, took: dict[str, tuple[float, float]], **more: object) -> None
             **more,
         }
     )
+    for path in (a for a in sys.argv[1:] if a.endswith(".json")):
+        write(ROWS, Path(path))
     print(
         f"{what:34} original {base:8.2f} ms  " + "  ".join(f"{k} {v}x" for k, v in ratios.items()) + f"  {more or ''}", flush=True
     )

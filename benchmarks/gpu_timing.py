@@ -109,7 +109,9 @@ def machine() -> dict[str, object]:
 def write(rows: list[dict[str, object]], path: Path) -> None:
     """Rows and machine as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+    part.replace(path)  # whoever ends this run finds whole rows
 
 
 def _spread(times: list[float]) -> float:

@@ -191,6 +191,52 @@ def _phases(subject: Subject, model: nn.Module, steps: int, wait: Callable[[], N
         token = out.logits[:, -1:].argmax(-1)
 
 
+def step(subject: Subject, model: nn.Module) -> None:
+    """One training step short of the optimiser: forward in train mode, loss, backward. The gradients are dropped.
+
+    The loss is the causal model's own on the prompt; of an encoder the mean square of its last hidden states.
+    """
+    model.train()
+    try:
+        if subject.kind == "causal":
+            loss = model(**subject.inputs, labels=subject.inputs["input_ids"], use_cache=False).loss
+        else:
+            loss = model(**subject.inputs)[0].float().square().mean()
+        loss.backward()
+    finally:
+        model.zero_grad(set_to_none=True)
+        model.eval()
+
+
+def training(
+    subject: Subject,
+    original: nn.Module,
+    kernel: nn.Module,
+    *,
+    seconds: float,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> Pair:
+    """A training step (`step`) of both in turns, three turns at least."""
+    wait, turns = waiter(device), Turns()
+    for model in (original, kernel):
+        step(subject, model)
+    wait()
+    start = time.perf_counter()
+    while len(turns.original) < 3 or time.perf_counter() - start < seconds:
+        if progress:
+            progress("timing training steps", min(time.perf_counter() - start, seconds), seconds)
+        sides = [(original, turns.original), (kernel, turns.kernel)]
+        for model, into in sides if len(turns.original) % 2 else sides[::-1]:
+            begun = time.perf_counter()
+            step(subject, model)
+            wait()
+            into.append(time.perf_counter() - begun)
+    if progress:
+        progress("timing training steps", seconds, seconds)
+    return turns.pair()
+
+
 # -- how far from the truth, and how much memory -------------------------------------------------------------------
 
 

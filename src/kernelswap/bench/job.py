@@ -48,6 +48,9 @@ class Report:
     error_kernel: float | None = None
     memory_original: int | None = None
     memory_kernel: int | None = None
+    step_memory_original: int | None = None
+    """The same of a training step, where one was made."""
+    step_memory_kernel: int | None = None
     text_original: str = ""
     text_kernel: str = ""
     same_until: int = 0
@@ -113,7 +116,7 @@ def run(
 
     The model is as it was afterwards, also when something raises half-way.
     """
-    job = _Job(subject, swap, device, new_tokens, seconds, progress or (lambda *_: None))
+    job = Job(subject, swap, device, new_tokens, seconds, progress or (lambda *_: None))
     try:
         job.before()
         job.swap()
@@ -127,8 +130,8 @@ def run(
     return job.report
 
 
-class _Job:
-    """The steps, in order; holds what one hands to the next."""
+class Job:
+    """The steps, in order; holds what one hands to the next. `mode`: what kernels are wanted for, as in `Swapper.swap`."""
 
     def __init__(
         self,
@@ -138,9 +141,11 @@ class _Job:
         new_tokens: int,
         seconds: float | None,
         progress: Progress,
+        mode: Mode | None = Mode.INFERENCE,  # proving backward passes, too, would take longer than all that follows
     ) -> None:
         import torch
 
+        self.mode = mode
         self.subject, self.swapping, self.device, self.new_tokens = subject, swapping, device, new_tokens
         self.budget, self.progress = seconds or LONGEST, progress
         self.fixed = seconds is not None
@@ -181,8 +186,7 @@ class _Job:
         """The ordinary path; then one real run, whose tensors every kernel is checked on."""
         with self.clock("swap"):
             self.progress("finding, verifying and proving kernels", 0, 0)
-            # the model only infers here: proving backward passes, too, would take longer than all that follows
-            self.applied = self.swapping(self.subject.model, mode=Mode.INFERENCE, build="wait", progress=self.progress, **options)
+            self.applied = self.swapping(self.subject.model, mode=self.mode, build="wait", progress=self.progress, **options)
             self.subject.generate(self.new_tokens)
             self.subject.forward()
             self.progress("finding, verifying and proving kernels", 1, 1)
@@ -254,6 +258,16 @@ class _Job:
                 self.report.error_original = ab.distance(self.logits, exact)
                 self.report.error_kernel = ab.distance(self.subject.forward(), exact)
                 self.progress("the float64 reference", 1, 1)
+
+    def train(self, seconds: float) -> None:
+        """Training steps, both sides, and what they need."""
+        with self.clock("training"):
+            model = self.subject.model
+            self.report.step_memory_original = ab.peak(lambda: ab.step(self.subject, self.twin), self.device)
+            self.report.step_memory_kernel = ab.peak(lambda: ab.step(self.subject, model), self.device)
+            self.report.whole["training"] = ab.training(
+                self.subject, self.twin, model, seconds=seconds, device=self.device, progress=self.progress
+            )
 
     def after(self) -> None:
         """Undone: is it what it was?"""

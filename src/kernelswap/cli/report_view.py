@@ -36,6 +36,15 @@ def show(report: Report, out: Console) -> None:
     _closing(report, out)
 
 
+def whole(report: Report, out: Console) -> None:
+    """The whole model alone: times, errors, memory, generated text, the undo."""
+    if report.whole:
+        out.print(_measured(report, [], list(report.whole)))
+        out.print(Text(_LEGEND, style="dim"))
+    _texts(report, out)
+    _closing(report, out)
+
+
 def _table() -> Table:
     from rich import box
 
@@ -72,8 +81,12 @@ def _measured(report: Report, rows: list[Measured], phases: list[str]) -> Table:
         for phase in phases:
             cells += _pair(report.whole.get(phase), taken=True)
         table.add_row(*cells)
-        memory = f"{_bytes(report.memory_original)}\n{_bytes(report.memory_kernel)}"
-        table.add_row(Text("peak memory,\nbeyond the weights"), "original\nkernels", "", memory)
+        cells = [Text("peak memory,\nbeyond the weights"), "original\nkernels", ""]
+        step = f"{_bytes(report.step_memory_original)}\n{_bytes(report.step_memory_kernel)}"
+        first = f"{_bytes(report.memory_original)}\n{_bytes(report.memory_kernel)}"
+        for i, phase in enumerate(phases):
+            cells += [first if i == 0 else step if phase == "training" and report.step_memory_kernel else "", ""]
+        table.add_row(*cells)
     return table
 
 

@@ -55,6 +55,9 @@ BY_PROBE = {
     "gated": ELEMENTS,
 }
 
+GRADED = {"rotary": 2}
+"""How many of the arguments carry gradients in training, where not all do: cos and sin do not."""
+
 
 def size_of(scale: Scale) -> Callable[[Tensor], int]:
     """How a call's first tensor is counted. Plain arithmetic: compiled code guards on the comparison that follows it."""

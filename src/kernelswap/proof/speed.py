@@ -29,7 +29,7 @@ from .real import Real, accepted
 from .trial import Errors
 from .verdicts import Verdicts
 
-SPEED_VERSION = 1
+SPEED_VERSION = 2
 """Raised when measuring changes: older measurements are void then."""
 ORDER = (0, 3, 1, 2, 4)
 """Buckets by how soon they are worth knowing: one token, a prompt, then what lies between and beyond."""
@@ -206,13 +206,15 @@ class Speeds:
         given = samples.sample(subject, bucket)
         assert given is not None  # `missing` asked
         module = None if subject.site.kind == "function" else inputs.with_parameters(subject, 1.0).train(entry.run.training)
-        if (why := self._differs(subject.site, module, entry, candidate, given)) is not None:
+        site = subject.site
+        if (why := self._differs(site, module, entry, candidate, given)) is not None:
             return Verdict(accepted=False, reason=why)
+        graded = samples.GRADED.get(site.row.probe, len(given)) if entry.run.training else None
         salts = iter(range(1, 1 << 20))
         size = sum(t.numel() * t.element_size() for t in given)
         found = compare(
-            _side(entry.original, module, training=entry.run.training),
-            _side(candidate.forward, module, training=entry.run.training),
+            _side(entry.original, module, graded),
+            _side(candidate.forward, module, graded),
             lambda: samples.sample(subject, bucket, next(salts)) or given,
             seconds=seconds,
             device=subject.device,
@@ -282,15 +284,15 @@ def _parts(entry: Entry) -> tuple[Any, ...]:
     return subject, site.dtype, keys.place(device), threads, keys.run_of(entry.run)
 
 
-def _side(function: Callable[..., Any], module: nn.Module | None, *, training: bool) -> Callable[..., Any]:
-    """One call, or one forward and backward, of what is timed."""
+def _side(function: Callable[..., Any], module: nn.Module | None, graded: int | None) -> Callable[..., Any]:
+    """One call of what is timed; or a forward and backward, to the first `graded` arguments and to the parameters."""
     called = function if module is None else functools.partial(function, module)
-    if not training:
+    if graded is None:
         return called
     parameters = [] if module is None else [p for p in module.parameters() if p.requires_grad]
 
     def step(*given: Tensor) -> Any:
-        leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in given]
+        leaves = [t.detach().requires_grad_(i < graded and t.is_floating_point()) for i, t in enumerate(given)]
         roots = [t for t in pytree.tree_leaves(called(*leaves)) if isinstance(t, Tensor) and t.requires_grad]
         wanted = [*(t for t in leaves if t.requires_grad), *parameters]
         return torch.autograd.grad(roots, wanted, [torch.ones_like(t) for t in roots], allow_unused=True)

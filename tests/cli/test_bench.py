@@ -1,0 +1,105 @@
+"""`kernelswap bench`: a model's candidates by size of call, the whole model with what won; and our own benchmarks."""
+
+import json
+
+import pytest
+from tests.cli.test_demo import environment, run
+
+from kernelswap.bench import ours
+from kernelswap.errors import KernelSwapError
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A small Qwen3 with its tokenizer, in a directory."""
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    from kernelswap.bench import subject
+
+    words = subject.tokenizer()
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=1024, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=64, pad_token_id=words.pad_token_id, eos_token_id=words.eos_token_id, bos_token_id=None,
+    )  # fmt: skip
+    where = tmp_path_factory.mktemp("checkpoint")
+    Qwen3ForCausalLM(config).save_pretrained(where)
+    words.save_pretrained(where)
+    return where
+
+
+def bench(checkpoint, cache, where, *more):
+    argv = ("-m", "kernelswap", "bench", checkpoint, "--device", "cpu", "--threads", "1", "--no-compile", *more)
+    return run(*argv, env=environment(cache, where, OMP_NUM_THREADS="1"), cwd=where)
+
+
+@pytest.fixture(scope="module")
+def done(checkpoint, warm_cache, tmp_path_factory):
+    where = tmp_path_factory.mktemp("bench")
+    first = bench(checkpoint, warm_cache, where, "--json", "--time-budget", "40", "--plot", where / "p.png")
+    return first, where
+
+
+@pytest.mark.slow
+def test_every_kind_of_site_has_its_candidates_by_size_and_the_whole_model_its_times(done):
+    process, where = done
+    assert process.returncode == 0, process.stderr
+    assert process.stderr == ""
+    data = json.loads(process.stdout)
+    races = {(race["layer"], race["width"], race["mode"]): race for race in data["candidates"]}
+    assert {("RMSNorm", "128", "inference"), ("RMSNorm", "128", "training"), ("SwiGLUMLP", "", "inference")} <= set(races)
+    norm = races["RMSNorm", "128", "inference"]
+    assert norm["count"] == 5
+    one = next(lap for lap in norm["laps"] if lap["size"] == "1 row" and lap["candidate"] == "kernelswap/layers:RMSNorm")
+    assert one["wins"] == (one["speedup"] > 1 + one["noise"])
+    assert one["seconds"] > 0
+    assert one["seconds_original"] > 0
+    for race in races.values():
+        for size, serves, times in race["serves"]:
+            won = [lap for lap in race["laps"] if lap["size"] == size and lap["wins"]]
+            assert times is None or serves in {lap["candidate"] for lap in won}, (race["layer"], size)
+    model = data["model"]
+    assert set(model["whole"]) == {"prefill", "decode", "training"}
+    assert model["undone"] is True
+    assert 0 < model["error_original"] < 1e-3
+    assert 0 < model["error_kernel"] < 1e-3
+    assert min(model["memory_kernel"], model["step_memory_original"], model["step_memory_kernel"]) > 0
+    assert (where / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_the_same_command_goes_on_and_measures_nothing_twice(done, checkpoint, warm_cache):
+    first = json.loads(done[0].stdout)
+    process = bench(checkpoint, warm_cache, done[1], "--time-budget", "10", "--no-train")
+    assert process.returncode == 0, process.stderr
+    known = sum(len(race["laps"]) for race in first["candidates"] if race["mode"] == "inference")
+    assert f"{known} known from before" in process.stdout
+    assert "training" not in process.stdout
+    assert max(map(len, process.stdout.splitlines())) <= 80
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_the_kernels_runs_here_and_keeps_to_its_time(warm_cache, tmp_path):
+    argv = ("-m", "kernelswap", "bench", "kernels", "--device", "cpu", "--threads", "1", "--time-budget", "25", "--json")
+    process = run(*argv, env=environment(warm_cache, tmp_path), cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    data = json.loads(process.stdout)
+    assert {"op", "rows", "n", "dtype", "ratio"} <= set(data["rows"][0])
+    assert data["complete"] is False
+
+
+def test_a_benchmark_that_is_not_for_this_device_is_said(capsys):
+    from kernelswap.cli import main
+
+    with pytest.raises(KernelSwapError, match="kernels for cpu, cuda, none for mps"):
+        ours.script("kernels", "mps:0")
+    assert main(["bench", "kernels", "--device", "cpu", "--hub"]) != 0
+    assert "takes no --hub" in capsys.readouterr().err
+
+
+def test_a_plot_that_cannot_be_written_is_refused_before_the_work(capsys, tmp_path):
+    from kernelswap.cli import main
+
+    assert main(["bench", "demo", "--plot", str(tmp_path / "p.gif")]) != 0
+    assert "ends in none of" in capsys.readouterr().err
