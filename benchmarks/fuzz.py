@@ -1,10 +1,10 @@
 """Feed every parser what nobody would write: each input is read or refused by a declared error, and quickly.
 
-    python benchmarks/fuzz.py [--seconds 150] [--seed 1] [--keep DIR] [--json FILE]
+    python benchmarks/fuzz.py [--inputs 1000000] [--seconds 150] [--seed 1] [--only NAME] [--keep DIR] [--json FILE]
 
 Inputs are good texts, mutated: pieces cut, doubled, spliced with others, bytes flipped, tokens of the formats put anywhere.
-The same seed makes the same inputs. What raises anything else, takes over a second, or does not read back, is printed and
-kept; exit code 1.
+The same seed makes the same inputs, in chunks of a thousand. What raises anything else, takes over a second, or does not read
+back, is printed and kept; exit code 1. With `--json`, a run goes on where the last one that wrote the file was stopped.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import platform
 import random
 import sys
 import time
@@ -23,9 +24,12 @@ from pathlib import Path
 from kernelswap import lock, metadata, policy, spec, strict, table, variant
 from kernelswap.buildfile import parse as parse_build
 from kernelswap.errors import KernelSwapError
+from kernelswap.sources.hub import moved_to
+from kernelswap.sources.hub_client import HubClient
 
 SLOW = 1.0
 """Seconds that one input may take."""
+CHUNK = 1000
 COMMIT, DIGEST = "0123456789abcdef0123456789abcdef01234567", "ab" * 32
 METADATA = {
     "name": "my-norm", "id": "_my_norm_cpu_0a1b2c3", "version": 1, "license": "MIT", "upstream": "https://example.org/x",
@@ -82,6 +86,19 @@ POLICIES = (
 BUILDS = (
     '[general]\nname = "my-norm"\nversion = 1\nedition = 5\nlicense = "MIT"\nbackends = ["cpu"]\n\n[torch]\nsrc = ["torch-ext/a.cpp"]\n\n[kernel.x]\nbackend = "cpu"\ndepends = ["torch"]\nsrc = ["a.cpp"]\n',
 )
+REFS = {
+    "branches": [{"name": "v1", "ref": "refs/heads/v1", "targetCommit": COMMIT}],
+    "tags": [{"name": "v1.0", "targetCommit": COMMIT}],
+}
+TREE = [
+    {"type": "directory", "path": "build", "oid": COMMIT, "size": 0},
+    {"type": "file", "path": "build/torch-cpu/__init__.py", "oid": COMMIT, "size": 12},
+    {"type": "file", "path": "build/torch-cpu/a.so", "oid": COMMIT, "size": 1 << 24, "lfs": {"oid": DIGEST, "size": 1 << 24}},
+]
+STATUSES = (
+    f'kind = "redirect"\ndestination = "org/new"\nrevision = "{COMMIT}"\n',
+    'kind = "redirect"\ndestination = "org/new"\n',
+)
 TOKENS = (
     "{", "}", "[", "]", '"', "'", ":", ",", "\\", "/", "//", "://", "@", "|", "..", "../", "\n", "\r\n", "\t", " ", "\0", "null", "true", "NaN", "-1",
     "1e999", "9" * 400, "0", "\u202e", "\ud800", "\U0001f600", "\u0130", "\\u0000", "\\ud800", '"a":1,"a":2', "[" * 40, "{'a':" * 9, "__init__", "__globals__",
@@ -108,6 +125,23 @@ def as_json(*values: object) -> tuple[str, ...]:
     return tuple(json.dumps(v, indent=indent) for v in values for indent in (None, 1))
 
 
+class Answers(HubClient):
+    """The hub's client, with the wire replaced by a text."""
+
+    text = ""
+
+    def _get(self, url: str, asked: str) -> tuple[bytes, None]:  # noqa: ARG002  # the client's own signature
+        return raw(self.text), None
+
+
+HUB = Answers("http://hub.invalid")
+
+
+def answered(text: str, ask: Callable[[], object]) -> object:
+    Answers.text = text
+    return ask()
+
+
 TARGETS = (
     Target("spec", SPECS, spec.parse, lambda _, value: spec.parse(str(replace(value, text=None))) == value),
     Target("variant", VARIANTS, variant.parse),
@@ -120,6 +154,11 @@ TARGETS = (
     Target("policy", POLICIES, lambda t: policy.combine(policy.parse(t, where="kernelswap.toml"))),
     Target("policy in pyproject", POLICIES, lambda t: policy.combine(policy.parse(t, where="pyproject.toml"))),
     Target("build.toml", BUILDS, parse_build),
+    Target("hub refs", as_json(REFS), lambda t: answered(t, lambda: HUB.refs("o/n", tries=1))),
+    Target("hub listing", as_json(TREE), lambda t: answered(t, lambda: HUB.listing("o/n", COMMIT, tries=1))),
+    Target("hub revision", as_json({"sha": COMMIT}), lambda t: answered(t, lambda: HUB.commit_of("o/n", "x", tries=1))),
+    Target("hub publisher", as_json({"trustedKernelPublisher": True}), lambda t: answered(t, lambda: HUB.trusts("o", tries=1))),
+    Target("hub redirect", STATUSES, lambda t: moved_to(raw(t), where="it")),
 )
 
 
@@ -220,34 +259,64 @@ def keep(target: Target, text: str, wrong: str, directory: Path | None) -> None:
         (directory / f"{target.name.replace(' ', '-')}-{hashlib.sha256(raw(text)).hexdigest()[:12]}").write_bytes(raw(text))
 
 
+def chunk(target: Target, seed: int, number: int, count: dict[str, float], directory: Path | None) -> int:
+    """The inputs of one chunk; how many were not survived."""
+    rng, problems = random.Random(f"{seed}/{target.name}/{number}"), 0
+    for _ in range(CHUNK):
+        text = mutated(rng.choice(target.seeds), target.seeds, rng)
+        wrong = tried(target, text, count)
+        if wrong is not None:
+            problems += 1
+            keep(target, text, wrong, directory)
+    return problems
+
+
+def begun(file: Path | None, seed: int) -> dict[str, dict[str, float]]:
+    """The counts so far."""
+    counts = {t.name: {"inputs": 0, "read": 0, "refused": 0, "not_survived": 0, "slowest_s": 0.0} for t in TARGETS}
+    if file is not None and file.exists():
+        former = json.loads(file.read_text())
+        if former["seed"] == seed:
+            counts |= {name: count for name, count in former["targets"].items() if name in counts}
+    return counts
+
+
+def write(file: Path, seed: int, counts: dict[str, dict[str, float]]) -> None:
+    total = {key: sum(int(c[key]) for c in counts.values()) for key in ("inputs", "not_survived")}
+    temporary = file.with_suffix(".tmp")
+    about = {"python": platform.python_version(), "seed": seed, **total, "targets": counts}
+    temporary.write_text(json.dumps(about, indent=1) + "\n")
+    temporary.replace(file)
+
+
 def main() -> int:
-    """Round after round over all targets until the time is up."""
+    """Chunk after chunk, the target with the fewest inputs first, until each has enough or the time is up."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--inputs", type=int, default=1_000_000, help="for each parser")
     parser.add_argument("--seconds", type=float, default=150.0)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--only", help="one parser, by name")
     parser.add_argument("--keep", type=Path, help="where inputs that were not survived are kept")
-    parser.add_argument("--json", type=Path, help="write the counts here")
+    parser.add_argument("--json", type=Path, help="write the counts here, and go on from those that are there")
     args = parser.parse_args()
-    rng = random.Random(args.seed)
-    counts = {t.name: {"inputs": 0, "read": 0, "refused": 0, "slowest_s": 0.0} for t in TARGETS}
-    problems = 0
-    end = time.monotonic() + args.seconds
+    counts = begun(args.json, args.seed)
+    targets = [t for t in TARGETS if args.only in {None, t.name}]
+    problems, end = 0, time.monotonic() + args.seconds
     while time.monotonic() < end and problems < 50:
-        for target in TARGETS:
-            for _ in range(200):
-                text = mutated(rng.choice(target.seeds), target.seeds, rng)
-                wrong = tried(target, text, counts[target.name])
-                if wrong is not None:
-                    problems += 1
-                    keep(target, text, wrong, args.keep)
-    total = sum(int(c["inputs"]) for c in counts.values())
+        target = min(targets, key=lambda t: counts[t.name]["inputs"])
+        count = counts[target.name]
+        if count["inputs"] >= args.inputs:
+            break
+        failed = chunk(target, args.seed, int(count["inputs"]) // CHUNK, count, args.keep)
+        count["not_survived"] += failed
+        problems += failed
+        if args.json:
+            write(args.json, args.seed, counts)
     for name, c in counts.items():
         print(f"{name:<20} {c['inputs']:>9} inputs {c['read']:>8} read {c['refused']:>8} refused  slowest {c['slowest_s']:.3f} s")
-    print(f"{total} inputs, {problems} not survived (seed {args.seed})")
-    if args.json:
-        found = {"seed": args.seed, "inputs": total, "problems": problems, "targets": counts}
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
-    return 1 if problems else 0
+    lost = sum(int(c["not_survived"]) for c in counts.values())
+    print(f"{sum(int(c['inputs']) for c in counts.values())} inputs, {lost} not survived (seed {args.seed})")
+    return 1 if lost else 0
 
 
 if __name__ == "__main__":

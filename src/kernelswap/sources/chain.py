@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from ..errors import KernelSwapError, NotCached, UnknownKernel, Unreachable
 from ..types import Candidate, Requirement, Source
+from .deadline import within
+
+Found = tuple[Sequence[Candidate], Sequence[str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +38,7 @@ class Chain:
         for index, source in enumerate(self.sources):
             name = str(getattr(source, "key", f"source {index + 1}"))
             try:
-                found, notes = _within(lambda s=source: s.find(requirement), end - time.monotonic(), name)
+                found, notes = _within(partial(source.find, requirement), end - time.monotonic(), name)
             except (UnknownKernel, Unreachable, NotCached) as e:
                 failed.append((name, e))
                 continue
@@ -74,24 +76,11 @@ class Chain:
         return Unreachable(found, asked=asked, todo="check the connection, or add a source that can be reached")
 
 
-def _within(call: Any, seconds: float, name: str) -> tuple[Sequence[Candidate], Sequence[str]]:
-    """`call()`, given up on after `seconds`. The thread of a call given up on ends when its own time limit does."""
+def _within(call: Callable[[], Found], seconds: float, name: str) -> Found:
     if seconds <= 0:
         raise Unreachable(f"{name} was not asked: the time allowed for all sources was used up")
-    box: list[Any] = []
-    done = threading.Event()
-
-    def work() -> None:
-        try:
-            box.append(call())
-        except BaseException as e:  # noqa: BLE001 -- handed to the caller's thread, below
-            box.append(e)
-        done.set()
-
-    threading.Thread(target=work, name=f"kernelswap-find-{name}", daemon=True).start()
-    if not done.wait(seconds):
-        raise Unreachable(f"{name} did not answer within {seconds:.1f} s", todo="check the connection to it")
-    if isinstance(box[0], BaseException):
-        raise box[0]
-    found: tuple[Sequence[Candidate], Sequence[str]] = box[0]
-    return found
+    return within(
+        seconds,
+        call,
+        lambda: Unreachable(f"{name} did not answer within {seconds:.1f} s", todo="check the connection to it"),
+    )

@@ -183,17 +183,7 @@ class HubSource:
         data = self._files.small(at.name, at.commit, STATUS, listing)
         if data is None:
             return None
-        where = f"{STATUS} of {at.name} at {at.commit[:12]}"
-        try:
-            value = tomllib.loads(data.decode())
-        except ValueError as e:
-            raise BadMetadata(f"it does not parse: {e}", asked=where, todo="tell the publisher") from e
-        kind, name, revision = value.get("kind"), value.get("destination"), value.get("revision")
-        if kind != "redirect":
-            todo = "a newer kernelswap may know it"
-            raise BadMetadata(f"kind is {strict.quote(kind)}, this version knows 'redirect'", asked=where, todo=todo)
-        if not isinstance(name, str) or not _NAME.fullmatch(name) or not isinstance(revision, str | None):
-            raise BadMetadata("destination must be org/name, and revision text", asked=where, todo="tell the publisher")
+        name, revision = moved_to(data, where=f"{STATUS} of {at.name} at {at.commit[:12]}")
         if revision is None and asked.revision is not None:
             revision = "main"  # the format's default: a commit or branch of the old repository means nothing in the new one
         if revision is None:
@@ -266,6 +256,25 @@ class HubSource:
             raise Refused("\n".join(problems[:20]), asked=asked, todo="tell the publisher")
         step = f"fetching {candidate.name} {candidate.variant}"
         self._files.every(candidate.name, candidate.commit, targets, listing, step)
+
+
+def moved_to(data: bytes, *, where: str) -> tuple[str, str | None]:
+    """The repository, and the revision if it says one, that the text of a `kernel-status.toml` redirects to.
+
+    Raises:
+        BadMetadata: it does not parse, or says something else.
+    """
+    try:
+        value = tomllib.loads(data.decode())
+    except (ValueError, RecursionError) as e:
+        raise BadMetadata(f"it does not parse: {e or 'nested too deeply'}", asked=where, todo="tell the publisher") from e
+    kind, name, revision = value.get("kind"), value.get("destination"), value.get("revision")
+    if kind != "redirect":
+        todo = "a newer kernelswap may know it"
+        raise BadMetadata(f"kind is {strict.quote(kind)}, this version knows 'redirect'", asked=where, todo=todo)
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or not isinstance(revision, str | None):
+        raise BadMetadata("destination must be org/name, and revision text", asked=where, todo="tell the publisher")
+    return name, revision
 
 
 def _newer(asked: Requirement, refs: Refs) -> tuple[str, ...]:

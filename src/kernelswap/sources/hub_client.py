@@ -8,8 +8,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import importlib
+import json
 import logging
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,12 +22,16 @@ from urllib.parse import quote
 
 from .._version import __version__
 from ..errors import KernelSwapError, NotCached, StoreError, UnknownKernel, Unreachable
+from .deadline import within
 from .environment import DEFAULT_ENDPOINT
 from .hub_cache import COMMIT, Entry, Listing, Refs, interesting
 
 _log = logging.getLogger(__name__)
 _PAGES = 200  # of 1000 entries; no kernel has as many, a broken server may page for ever
 _RETRY = {408, 429, 500, 502, 503, 504}
+_ANSWER_BYTES = 64 << 20  # a page of the listing of a thousand files is 300 kB
+_LEAST_RATE = 64 << 10  # bytes a second; what comes slower on the whole does not come
+_SLACK = 64 << 20  # bytes; the hub's client hands them on in pieces of ten megabytes, and takes up what was cut short
 _PATIENCE = 10.0  # seconds that a server may ask us to wait before the next try
 _DISK = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
@@ -57,6 +63,8 @@ class HubClient:
     timeout: float = 10.0
     backoff: float = 0.5
     """Seconds before the second try; doubled for each further one."""
+    patience: float = 60.0
+    """Seconds for all of one answer, however slowly its pieces come; for a file, 64 KiB a second on top."""
 
     def refs(self, name: str, *, tries: int = 3) -> Refs:
         """Branches and tags.
@@ -115,17 +123,40 @@ class HubClient:
         return self._expect(lambda: bool(value.get("trustedKernelPublisher")))
 
     def download(
-        self, name: str, commit: str, path: str, cache: Path, *, force: bool = False, tick: Callable[[int], None] | None = None
+        self,
+        name: str,
+        commit: str,
+        path: str,
+        cache: Path,
+        *,
+        size: int,
+        force: bool = False,
+        tick: Callable[[int], None] | None = None,
     ) -> Path:
         """One file into the shared cache; `tick(bytes)` as they come. Resumes and retries as the hub's client does.
+
+        One that is much longer than `size`, or much slower than any line in use, is given up.
 
         Raises:
             NoSuchFile, UnknownKernel, Unreachable: as `commit_of`.
             StoreError: the cache cannot be written, or is full.
         """
         hub = importlib.import_module("huggingface_hub.file_download")
-        with self._errors(f"downloading {path} of {name} at {commit[:12]}"):
-            at = hub.hf_hub_download(
+        asked, seconds = f"downloading {path} of {name} at {commit[:12]}", self.patience + size / _LEAST_RATE
+        come, given_up = 0, threading.Event()
+
+        def count(n: int) -> None:
+            nonlocal come
+            come += n
+            if given_up.is_set() or come > 2 * size + _SLACK:  # twice: what was cut short and came again is counted again
+                raise Busy(
+                    f"network failure: {self._who} sends more than the {size} bytes that it lists", asked=asked, todo=_CHECK
+                )
+            if tick is not None:
+                tick(n)
+
+        def file() -> str:
+            at: str = hub.hf_hub_download(
                 name,
                 path,
                 repo_type="kernel",
@@ -137,9 +168,16 @@ class HubClient:
                 force_download=force,
                 library_name="kernelswap",
                 library_version=__version__,
-                tqdm_class=_quiet(tick),
+                tqdm_class=_quiet(count),
             )
-        return Path(at)
+            return at
+
+        def late() -> Busy:
+            given_up.set()  # its thread ends with the next bytes
+            return self._slow(asked, seconds)
+
+        with self._errors(asked):
+            return Path(within(seconds, file, late))
 
     # -- one request
 
@@ -161,22 +199,38 @@ class HubClient:
         raise AssertionError("unreachable: the last try returns or raises")
 
     def _once(self, url: str, asked: str) -> tuple[Any, str | None]:
-        utils = importlib.import_module("huggingface_hub.utils")
-        with self._errors(asked):
-            headers = utils.build_hf_headers(token=self.token, library_name="kernelswap", library_version=__version__)
-            response = utils.get_session().get(url, headers=headers, timeout=self.timeout)
-            utils.hf_raise_for_status(response)
-            try:
-                value = response.json()
-            except ValueError as e:
-                raise Unreachable(f"{self._who} answered something that is no hub's answer", asked=asked, todo=_CHECK) from e
-        following = response.links.get("next", {}).get("url")
+        data, following = self._get(url, asked)
+        try:
+            value = json.loads(data)
+        except (ValueError, RecursionError) as e:
+            raise Unreachable(f"{self._who} answered something that is no hub's answer", asked=asked, todo=_CHECK) from e
         # A mirror may hand on the addresses of the hub itself. Anywhere else our token does not go.
         if following is not None and following.startswith(f"{DEFAULT_ENDPOINT}/"):
             following = self.endpoint + following.removeprefix(DEFAULT_ENDPOINT)
         if following is not None and not following.startswith(f"{self.endpoint}/"):
             raise Unreachable(f"{self._who} sends us on to {following}", asked=asked, todo=_CHECK)
         return value, following
+
+    def _get(self, url: str, asked: str) -> tuple[bytes, str | None]:
+        """(body, address of the next page), of bounded size and within bounded time."""
+        utils = importlib.import_module("huggingface_hub.utils")
+
+        def body() -> tuple[bytes, str | None]:
+            headers = utils.build_hf_headers(token=self.token, library_name="kernelswap", library_version=__version__)
+            with utils.get_session().stream("GET", url, headers=headers, timeout=self.timeout) as response:
+                utils.hf_raise_for_status(response)
+                found = bytearray()
+                for piece in response.iter_bytes():
+                    found += piece
+                    if len(found) > _ANSWER_BYTES:
+                        raise Unreachable(f"{self._who} answered more than {_ANSWER_BYTES} bytes", asked=asked, todo=_CHECK)
+            return bytes(found), response.links.get("next", {}).get("url")
+
+        with self._errors(asked):
+            return within(self.patience, body, lambda: self._slow(asked, self.patience))
+
+    def _slow(self, asked: str, seconds: float) -> Busy:
+        return Busy(f"network failure: {self._who} was not done after {seconds:.0f} s", asked=asked, todo=_CHECK)
 
     def _expect(self, read: Callable[[], T]) -> T:
         try:
@@ -279,7 +333,7 @@ def _transport() -> tuple[type[BaseException], ...]:
     return (*(cast(type[BaseException], module.RequestError) for module in loaded), ConnectionError, TimeoutError)
 
 
-def _quiet(tick: Callable[[int], None] | None) -> Any:
+def _quiet(tick: Callable[[int], None]) -> Any:
     """The hub's progress bar, but drawing nothing: who shows progress, and how, is not the library's choice."""
     base = importlib.import_module("huggingface_hub.utils").tqdm
 
@@ -288,7 +342,7 @@ def _quiet(tick: Callable[[int], None] | None) -> Any:
             super().__init__(*args, **{**kwargs, "disable": True})
 
         def update(self, n: float | None = 1) -> bool | None:
-            if tick is not None and n:
+            if n:
                 tick(int(n))
             return cast("bool | None", super().update(n))
 

@@ -117,7 +117,7 @@ class HubFiles:
         for force in (file is not None, True):
             part = _Part(meter, entry.size)
             try:
-                here = self.client.download(name, commit, path, self.cache, force=force, tick=part.add)
+                here = self.client.download(name, commit, path, self.cache, size=entry.size, force=force, tick=part.add)
                 why = take(here, entry)
             except Busy as e:  # the client resumed and retried what it could; a transfer cut short deserves one fresh start
                 if force:
