@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
+import logging
+import shutil
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from ..errors import KernelSwapError, NotCached, UnknownKernel, Unreachable
 from ..types import Candidate, Requirement, Source
 from .deadline import within
 
+_log = logging.getLogger(__name__)
+T = TypeVar("T")
 Found = tuple[Sequence[Candidate], Sequence[str]]
 
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """`sources` in order. One that does not know the kernel or does not answer is passed over, with a note."""
+    """`sources` in order. One that does not know the kernel or does not answer is passed over, with a note.
+
+    One that found a build and then cannot deliver it is passed over, too: the next that has the same build at the same commit does.
+    """
 
     sources: Sequence[Source]
     budget: float = 30.0
-    """Seconds for one `find`, over all sources together. A source that is still silent then counts as unreachable."""
+    """Seconds for one `find`, over all sources together. Each may take its share of what is left; then it counts as unreachable."""
     key: str = "chain"
     _origin: dict[Candidate, Source] = field(default_factory=dict, repr=False, compare=False)
 
-    def find(self, requirement: Requirement) -> tuple[Sequence[Candidate], Sequence[str]]:
+    def find(self, requirement: Requirement) -> Found:
         """What the first source that knows it has.
 
         Raises:
@@ -36,11 +44,11 @@ class Chain:
         end = time.monotonic() + self.budget
         failed: list[tuple[str, KernelSwapError]] = []
         for index, source in enumerate(self.sources):
-            name = str(getattr(source, "key", f"source {index + 1}"))
+            share = (end - time.monotonic()) / (len(self.sources) - index)
             try:
-                found, notes = _within(partial(source.find, requirement), end - time.monotonic(), name)
+                found, notes = _within(partial(source.find, requirement), share, _name(source))
             except (UnknownKernel, Unreachable, NotCached) as e:
-                failed.append((name, e))
+                failed.append((_name(source), e))
                 continue
             for candidate in found:
                 self._origin[candidate] = source
@@ -48,12 +56,49 @@ class Chain:
         raise self._nobody(requirement, failed)
 
     def read(self, candidate: Candidate, name: str) -> bytes | None:
-        """From the source that found the candidate."""
-        return self._of(candidate).read(candidate, name)
+        """From the source that found the candidate, or one that has the same build.
+
+        Raises:
+            Unreachable, NotCached: none of them delivers it.
+        """
+        return self._delivered(candidate, lambda source, found: source.read(found, name))
 
     def fetch(self, candidate: Candidate, into: Path) -> None:
-        """From the source that found the candidate."""
-        self._of(candidate).fetch(candidate, into)
+        """As `read`."""
+
+        def fetch(source: Source, found: Candidate) -> None:
+            for path in into.iterdir():  # what the one before had brought
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            source.fetch(found, into)
+
+        self._delivered(candidate, fetch)
+
+    def _delivered(self, candidate: Candidate, ask: Callable[[Source, Candidate], T]) -> T:
+        first = self._of(candidate)
+        try:
+            return ask(first, candidate)
+        except (Unreachable, NotCached) as e:
+            for source, same in self._elsewhere(candidate, first):
+                try:
+                    found = ask(source, same)
+                except (Unreachable, NotCached):
+                    continue
+                _log.warning("%s of %s comes from %s: %s", candidate.variant, candidate.name, _name(source), e.reason)
+                return found
+            raise
+
+    def _elsewhere(self, candidate: Candidate, but: Source) -> Iterator[tuple[Source, Candidate]]:
+        """The same build at the same commit, in other sources."""
+        asked = Requirement(candidate.name, source=candidate.requirement.source, revision=candidate.commit)
+        for source in self.sources:
+            if source is not but:
+                try:
+                    found, _ = _within(partial(source.find, asked), self.budget, _name(source))
+                except (UnknownKernel, Unreachable, NotCached):
+                    continue
+                for same in found:
+                    if (same.name, same.commit, same.variant) == (candidate.name, candidate.commit, candidate.variant):
+                        yield source, replace(same, requirement=candidate.requirement)
 
     def _of(self, candidate: Candidate) -> Source:
         """The finder; for a candidate of another process (a lock, a pickle), the source with its key."""
@@ -74,6 +119,11 @@ class Chain:
         if all(isinstance(e, UnknownKernel) for _, e in failed):
             return UnknownKernel(found, asked=asked, todo="check the name and the version")
         return Unreachable(found, asked=asked, todo="check the connection, or add a source that can be reached")
+
+
+def _name(source: Source) -> str:
+    where = getattr(getattr(source, "transport", None), "where", None)
+    return str(where or getattr(source, "key", type(source).__name__))
 
 
 def _within(call: Callable[[], Found], seconds: float, name: str) -> Found:

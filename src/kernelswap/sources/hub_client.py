@@ -10,7 +10,6 @@ import errno
 import importlib
 import json
 import logging
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from urllib.parse import quote
 
 from .._version import __version__
 from ..errors import KernelSwapError, NotCached, StoreError, UnknownKernel, Unreachable
+from . import wire
 from .deadline import within
 from .environment import DEFAULT_ENDPOINT
 from .hub_cache import COMMIT, Entry, Listing, Refs, interesting
@@ -269,18 +269,18 @@ class HubClient:
             raise NoSuchFile(f"{self._who} has no such file", asked=asked) from e
         except errors.HfHubHTTPError as e:
             raise self._status(e, asked) from e
-        except (errors.FileMetadataError, *_transport()) as e:
+        except (errors.FileMetadataError, *wire.failures()) as e:
             raise Busy(
-                f"network failure: {self._who} did not answer ({type(e).__name__}: {_line(e)})", asked=asked, todo=_CHECK
+                f"network failure: {self._who} did not answer ({type(e).__name__}: {wire.line(e)})", asked=asked, todo=_CHECK
             ) from e
         except errors.HFValidationError as e:
-            raise UnknownKernel(_line(e), asked=asked, todo="a kernel repository is named org/name") from e
+            raise UnknownKernel(wire.line(e), asked=asked, todo="a kernel repository is named org/name") from e
         except OSError as e:
             if e.errno in _DISK:
                 raise StoreError(
                     f"the hub cache cannot be written: {e}", asked=asked, todo="free space, or name another with HF_HUB_CACHE"
                 ) from e
-            raise Busy(f"network failure: {type(e).__name__}: {_line(e)}", asked=asked, todo=_CHECK) from e
+            raise Busy(f"network failure: {type(e).__name__}: {wire.line(e)}", asked=asked, todo=_CHECK) from e
 
     def _status(self, e: Any, asked: str) -> Unreachable:
         status = getattr(e.response, "status_code", 0)
@@ -321,16 +321,6 @@ def _commit(value: object) -> str:
     if not COMMIT.fullmatch(str(value)):
         raise ValueError(f"{value!r} is no commit")
     return str(value)
-
-
-def _line(e: BaseException) -> str:
-    return next((line for line in str(e).splitlines() if line.strip()), "no details")
-
-
-def _transport() -> tuple[type[BaseException], ...]:
-    """What the HTTP library of this `huggingface_hub` raises: httpx up to 1.x, httpx2 since 2.0."""
-    loaded = [sys.modules[name] for name in ("httpx2", "httpx") if name in sys.modules]
-    return (*(cast(type[BaseException], module.RequestError) for module in loaded), ConnectionError, TimeoutError)
 
 
 def _quiet(tick: Callable[[int], None]) -> Any:
