@@ -29,6 +29,7 @@ from .errors import TableError, UndoConflict
 from .plan import NotAsked, Wish
 from .provider import Build, Provider, Terms
 from .slots import module as module_slot
+from .sources.configured import bundle_of
 from .store import Store
 from .types import (
     Chooser,
@@ -69,7 +70,7 @@ class Swapper(Provider):
         prover: compares kernels with originals; by default `proof.Check`, with its verdicts in the cache.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # see `Provider`
         self,
         *,
         sources: Mapping[str, Source] | None = None,
@@ -80,8 +81,10 @@ class Swapper(Provider):
         prover: Prover | None = None,
         cache: Path | None = None,
         offline: bool = False,
+        bundle: Path | None = None,
     ) -> None:
-        super().__init__(sources=sources, verifiers=verifiers, machine=machine, store=store, cache=cache, offline=offline)
+        given = {"sources": sources, "verifiers": verifiers, "machine": machine, "store": store, "cache": cache}
+        super().__init__(**given, offline=offline, bundle=bundle)  # type: ignore[arg-type]  # each of its own type
         self._table, self._prover = table, prover
         self._applied: weakref.WeakKeyDictionary[nn.Module, Applied] = weakref.WeakKeyDictionary()
         self._verdicts: weakref.WeakKeyDictionary[nn.Module, dict[object, Verdict]] = weakref.WeakKeyDictionary()
@@ -102,7 +105,10 @@ class Swapper(Provider):
             if self._prover is None:
                 from .proof import Check, Verdicts
 
-                self._prover = Check(Verdicts(self.environment.cache / "verdicts"), self.machine)
+                verdicts, bundle = Verdicts(self.environment.cache / "verdicts"), bundle_of(self.sources.get("hub"))
+                if bundle is not None:
+                    verdicts.lend(bundle.about.verdicts)
+                self._prover = Check(verdicts, self.machine)
             return self._prover
 
     def plan(  # noqa: PLR0913  # what a user may want, each under its name

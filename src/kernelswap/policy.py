@@ -1,7 +1,7 @@
 """What may be loaded here: a policy file's text to a value. Pure.
 
     [policy]                                  # in kernelswap.toml; [tool.kernelswap.policy] in pyproject.toml
-    sources    = ["bundled", "dir", "local", "hub"]
+    sources    = ["bundled", "dir", "local", "hub", "folder", "bundle"]
     publishers = ["trusted", "named", "my-org", "other-org/one-kernel"]
     digests    = ["<sha256 of a tree, hex>"]  # these artifacts and no others
     require_digest    = false                 # the build must publish digests of its files
@@ -69,7 +69,7 @@ _KNOWN_SIGNERS = {"kernels-community": KERNELS_COMMUNITY}
 class Policy:
     """What may be loaded. The default is everything that is on this machine already, and what the hub or the call vouches for."""
 
-    sources: tuple[str, ...] = (*LOCAL_SOURCES, "hub")
+    sources: tuple[str, ...] = (*LOCAL_SOURCES, "hub", "folder", "bundle")
     publishers: tuple[str, ...] = (TRUSTED, NAMED)
     digests: tuple[str, ...] = ()
     """Hex sha256 of trees; empty: any."""

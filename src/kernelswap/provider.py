@@ -37,14 +37,12 @@ from .job import Job
 from .lock import Lock
 from .policy import Policy
 from .resolve import resolve
+from .sources import configured
+from .sources.bundle_file import Compiled
 from .sources.bundled import BundledSource
 from .sources.dependencies import Node, tree
-from .sources.directory import DirectorySource
 from .sources.environment import Environment
-from .sources.hub import HubSource
 from .sources.hub_client import HubClient
-from .sources.overrides import Overrides
-from .sources.pinned import Pinned
 from .store import Store
 from .types import (
     Artifact,
@@ -66,7 +64,7 @@ from .verifiers.publisher import Publishers, PublisherVerifier
 from .verifiers.signature import SignatureVerifier
 
 Build = Literal["background", "wait", "never"]
-MEMOISED = {"hub", "bundled"}
+MEMOISED = {"hub", "bundled", "folder", "bundle"}
 """Sources whose kernels do not change under their names while a process runs. A directory may be edited."""
 
 
@@ -93,6 +91,7 @@ class Provider:
         store: where verified kernels are kept.
         cache: the directory of store, compiled kernels and verdicts; ignored for what is given itself.
         offline: ask no server.
+        bundle: a file of `kernelswap bundle`. Kernels come from it and from this machine alone; no socket is opened.
 
     Thread-safe. It keeps to what it has once loaded: a branch that moves meanwhile changes nothing for it.
     """
@@ -106,10 +105,12 @@ class Provider:
         store: Store | None = None,
         cache: Path | None = None,
         offline: bool = False,
+        bundle: Path | None = None,
     ) -> None:
         environment = Environment.read(os.environ)
-        environment = replace(environment, cache=cache or environment.cache, offline=offline or environment.offline)
-        self.environment = environment
+        bundle = bundle or (environment.bundle if sources is None else None)
+        offline = offline or environment.offline or bundle is not None
+        self.environment = environment = replace(environment, cache=cache or environment.cache, offline=offline, bundle=bundle)
         policy, lock = _policy() if verifiers is None else (policies.DEFAULT, None)
         self.sources = dict(_sources(environment, self._tell, lock) if sources is None else sources)
         self.verifiers = tuple(_verifiers(environment, self.sources.get("hub"), policy, lock) if verifiers is None else verifiers)
@@ -216,8 +217,8 @@ class Provider:
         Raises:
             BuildFailed: nothing can be compiled here, or the compiler reported errors.
         """
-        source = self.sources.get("bundled")
-        names = source.names() if isinstance(source, BundledSource) else ()
+        source = self._bundled()
+        names = source.names() if source is not None else ()
         built, problems = [], []
         for name in names:
             for machine in dict.fromkeys((_machine_for(self.machine, "cpu"), self.machine)):
@@ -294,10 +295,15 @@ class Provider:
 
     # -- compiling what came with us
 
+    def _bundled(self) -> BundledSource | None:
+        source = self.sources.get("bundled")
+        source = source.source if isinstance(source, Compiled) else source
+        return source if isinstance(source, BundledSource) else None
+
     def _buildable(self, name: str, machine: Machine) -> tuple[Path, Machine, Path] | str | None:
         """What `build.compile` takes, or why not; `None` where there are no sources."""
-        source = self.sources.get("bundled")
-        if not isinstance(source, BundledSource):
+        source = self._bundled()
+        if source is None:
             return None
         root = source.root / name
         file = building.sources(root)
@@ -336,33 +342,21 @@ def _policy() -> tuple[Policy, Lock | None]:
     return policy, (policy_files.read_lock(Path.cwd()) if policy.locked_only else None)
 
 
-def _sources(environment: Environment, progress: Progress, lock: Lock | None = None) -> dict[str, Source]:
-    hub: Source = HubSource(
-        environment.hub_cache,
-        endpoint=environment.endpoint,
-        offline=environment.offline,
-        token=environment.token,
-        timeout=environment.timeout,
-        progress=progress,
-    )
-    if lock is not None:  # a branch that moved on since is found at its locked commit
-        hub = Pinned(hub, lock)
-    if environment.local_kernels:
-        hub = Overrides(hub, dict(environment.local_kernels))
-    root = Path(__file__).parent / "bundled"
-    bundled = BundledSource(root, environment.cache / "built", building.source_digest)
-    return {"hub": hub, "dir": DirectorySource(), "bundled": bundled}
+def _sources(environment: Environment, progress: Progress, lock: Lock | None) -> dict[str, Source]:
+    """In the order that the environment or the files of the project and of the user say."""
+    order = configured.read(policy_files.project(Path.cwd()), platformdirs.user_config_path("kernelswap"))
+    bundled = BundledSource(Path(__file__).parent / "bundled", environment.cache / "built", building.source_digest)
+    return configured.make(environment, order, bundled, lock=lock, progress=progress)
 
 
-def _verifiers(environment: Environment, hub: Source | None, policy: Policy, lock: Lock | None) -> list[Verifier]:
+def _verifiers(environment: Environment, source: Source | None, policy: Policy, lock: Lock | None) -> list[Verifier]:
     """What the policy asks for. A hub of our own making is asked whom it trusts, unless this is offline."""
-    source = hub
-    while isinstance(source, Overrides | Pinned):
-        source = source.source
+    hub, bundle = configured.hub_of(source), configured.bundle_of(source)
     ask = None
-    if isinstance(source, HubSource) and not environment.offline:
-        ask = HubClient(source.endpoint.rstrip("/"), source.token, source.timeout).trusts
-    publishers = PublisherVerifier(Publishers(environment.cache / "publishers", ask), policy)
+    if hub is not None and not environment.offline:
+        ask = HubClient(hub.endpoint.rstrip("/"), hub.token, hub.timeout).trusts
+    told = bundle.about.publishers if bundle is not None else {}
+    publishers = PublisherVerifier(Publishers(environment.cache / "publishers", ask, told), policy)
     return [PolicyVerifier(policy, lock), publishers, SignatureVerifier(policy)]
 
 

@@ -440,7 +440,7 @@ _WRITABLE = "Fetch it on a machine that can write there, or choose another cache
 
 
 def _precheck(verifiers: Sequence[Verifier], candidate: Candidate, metadata: Metadata) -> None:
-    problems = []
+    problems, silent = list[Refused](), None
     for verifier in verifiers:
         precheck = getattr(verifier, "precheck", None)
         if precheck is not None:
@@ -448,17 +448,25 @@ def _precheck(verifiers: Sequence[Verifier], candidate: Candidate, metadata: Met
                 precheck(candidate, metadata)
             except Refused as e:
                 problems.append(e)
+            except Unreachable as e:
+                silent = silent or e
     _raise(problems, candidate)
+    if silent is not None:  # a refusal does not change when the network is back
+        raise silent
 
 
 def _verify(verifiers: Sequence[Verifier], candidate: Candidate, metadata: Metadata, root: Path) -> tuple[Evidence, ...]:
-    evidence, problems = [], []
+    evidence, problems, silent = list[Evidence](), list[Refused](), None
     for verifier in verifiers:
         try:
             evidence.append(verifier.check(candidate, metadata, root))
         except Refused as e:  # noqa: PERF203  # a handful of verifiers, each heard
             problems.append(e)
+        except Unreachable as e:
+            silent = silent or e
     _raise(problems, candidate)
+    if silent is not None:
+        raise silent
     return tuple(evidence)
 
 

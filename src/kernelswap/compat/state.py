@@ -10,7 +10,7 @@ from typing import Any
 
 from .. import api
 from ..lock import Lock
-from ..sources.hub import HubSource
+from ..sources import configured
 from ..sources.overrides import Overrides
 from ..sources.pinned import Pinned
 from ..types import Prover, Source
@@ -81,6 +81,5 @@ def _hub(source: Source, *, offline: bool, lock: Lock | None) -> Source:
     """Overrides stay outermost: LOCAL_KERNELS stands in for what is locked, too."""
     if isinstance(source, Overrides):
         return replace(source, source=_hub(source.source, offline=offline, lock=lock))
-    if offline and isinstance(source, HubSource):
-        source = replace(source, offline=True)
+    source = configured.offline(source) if offline else source
     return source if lock is None else Pinned(source, lock)

@@ -13,6 +13,7 @@ import hashlib
 import hmac
 import json
 import os
+import re
 import secrets
 import stat
 import tempfile
@@ -85,18 +86,17 @@ class Verdicts:
         Raises:
             BadMetadata: not an export of this format; nothing was taken over.
         """
-        if exported.get("format") != FORMAT or not isinstance(exported.get("verdicts"), list):
-            raise BadMetadata(
-                f"format {exported.get('format')!r} is not {FORMAT}",
-                asked="import verdicts",
-                todo="Export them again with this version of kernelswap.",
-            )
-        verdicts = [_verdict(raw) for raw in exported["verdicts"]]
-        if None in verdicts:
-            raise BadMetadata(f"entry {verdicts.index(None)} is no verdict", asked="import verdicts", todo="Export them again.")
+        verdicts = _exported(exported)
         for verdict in verdicts:
-            if verdict is not None:
-                self.put(verdict)
+            self.put(verdict)
+        return len(verdicts)
+
+    def lend(self, exported: Mapping[str, Any]) -> int:
+        """As `import_`, for as long as this object lives: nothing is written. Our own verdicts go over them."""
+        verdicts = _exported(exported) if exported else []
+        for verdict in verdicts:
+            if self.get(verdict.key) is None:
+                self._memo[verdict.key] = verdict
         return len(verdicts)
 
     # -- files --
@@ -175,6 +175,22 @@ def _held(file: Path) -> bytes | None:
     if os.name == "posix" and (about.st_uid != os.getuid() or stat.S_IMODE(about.st_mode) & 0o077):
         return None
     return held if len(held) == 32 else None
+
+
+def _exported(exported: Mapping[str, Any]) -> list[Verdict]:
+    if exported.get("format") != FORMAT or not isinstance(exported.get("verdicts"), list):
+        raise BadMetadata(
+            f"format {exported.get('format')!r} is not {FORMAT}",
+            asked="import verdicts",
+            todo="Export them again with this version of kernelswap.",
+        )
+    found = []
+    for number, raw in enumerate(exported["verdicts"]):
+        verdict = _verdict(raw)
+        if verdict is None or not re.fullmatch("[0-9a-f]{1,128}", verdict.key):
+            raise BadMetadata(f"entry {number} is no verdict", asked="import verdicts", todo="Export them again.")
+        found.append(verdict)
+    return found
 
 
 def _verdict(raw: Any) -> Verdict | None:

@@ -42,6 +42,10 @@ class Environment:
     """LOCAL_KERNELS: (repository, directory that stands in for it)."""
     disabled: str | None = None
     """Why no kernel may be used at all (USE_HUB_KERNELS, DISABLE_KERNEL_MAPPING), or None."""
+    sources: tuple[str, ...] = ()
+    """KERNELSWAP_SOURCES: which sources to ask, in order, separated by spaces (see `configured.py`); empty: what the files say."""
+    bundle: Path | None = None
+    """KERNELSWAP_BUNDLE: one file that everything comes from."""
     job: tuple[tuple[str, str], ...] = ()
     """What a launcher calls the job of several processes that this is one of: (variable, value); empty for a process alone."""
 
@@ -68,6 +72,8 @@ class Environment:
             telemetry=not any(map(environ.get, ("HF_HUB_DISABLE_TELEMETRY", "DISABLE_TELEMETRY", "DO_NOT_TRACK"))),
             local_kernels=local,
             disabled=_disabled(environ),
+            sources=tuple(environ.get("KERNELSWAP_SOURCES", "").split()),
+            bundle=_path(environ["KERNELSWAP_BUNDLE"]) if environ.get("KERNELSWAP_BUNDLE") else None,
             job=_job(environ),
         )
 

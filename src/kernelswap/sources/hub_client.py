@@ -243,7 +243,7 @@ class HubClient:
         return f"the hub at {self.endpoint}"
 
     @contextlib.contextmanager
-    def _errors(self, asked: str) -> Iterator[None]:
+    def _errors(self, asked: str) -> Iterator[None]:  # noqa: C901  # a line for each error of theirs
         """Whatever the client raises becomes ours, and what is a network failure is called one."""
         errors = importlib.import_module("huggingface_hub.errors")
         try:
@@ -263,16 +263,21 @@ class HubClient:
             raise UnknownKernel(
                 f"{self._who} has no such kernel repository, or not for this account", asked=asked, todo=todo
             ) from e
-        except errors.RevisionNotFoundError as e:
-            raise NoSuchRevision(f"{self._who} has no such revision", asked=asked, todo="check the version") from e
-        except errors.EntryNotFoundError as e:
-            raise NoSuchFile(f"{self._who} has no such file", asked=asked) from e
-        except errors.HfHubHTTPError as e:
-            raise self._status(e, asked) from e
-        except (errors.FileMetadataError, *wire.failures()) as e:
+        except errors.LocalEntryNotFoundError as e:  # nor in its cache: what the hub answered instead is the cause
+            if isinstance(e.__cause__, errors.HfHubHTTPError):
+                raise self._status(e.__cause__, asked) from e
+            cause = e.__cause__ or e
             raise Busy(
-                f"network failure: {self._who} did not answer ({type(e).__name__}: {wire.line(e)})", asked=asked, todo=_CHECK
+                f"network failure: {self._who} did not answer ({type(cause).__name__}: {wire.line(cause)})",
+                asked=asked,
+                todo=_CHECK,
             ) from e
+        except (errors.RevisionNotFoundError, errors.EntryNotFoundError) as e:
+            if isinstance(e, errors.RevisionNotFoundError):
+                raise NoSuchRevision(f"{self._who} has no such revision", asked=asked, todo="check the version") from e
+            raise NoSuchFile(f"{self._who} has no such file", asked=asked) from e
+        except (errors.HfHubHTTPError, errors.FileMetadataError, *wire.failures()) as e:
+            raise self._instead(e, asked) from e
         except errors.HFValidationError as e:
             raise UnknownKernel(wire.line(e), asked=asked, todo="a kernel repository is named org/name") from e
         except OSError as e:
@@ -281,6 +286,12 @@ class HubClient:
                     f"the hub cache cannot be written: {e}", asked=asked, todo="free space, or name another with HF_HUB_CACHE"
                 ) from e
             raise Busy(f"network failure: {type(e).__name__}: {wire.line(e)}", asked=asked, todo=_CHECK) from e
+
+    def _instead(self, e: BaseException, asked: str) -> Unreachable:
+        """What came instead of an answer."""
+        if getattr(e, "response", None) is not None:
+            return self._status(e, asked)
+        return Busy(f"network failure: {self._who} did not answer ({type(e).__name__}: {wire.line(e)})", asked=asked, todo=_CHECK)
 
     def _status(self, e: Any, asked: str) -> Unreachable:
         status = getattr(e.response, "status_code", 0)

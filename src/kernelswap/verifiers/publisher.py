@@ -10,7 +10,7 @@ import contextlib
 import json
 import re
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -31,6 +31,8 @@ class Publishers:
     """A directory, one small file per organisation; need not exist, need not be writable."""
     ask: Callable[[str], bool] | None = field(default=None, repr=False)
     """Asks the hub about one organisation; raises Unreachable or NotCached when it cannot. `None`: never asked."""
+    told: Mapping[str, bool] = field(default_factory=dict)
+    """What a bundle says that the hub said: where we neither know nor can ask. Not remembered."""
 
     def trusted(self, publisher: str, *, afresh: bool) -> tuple[bool, str]:
         """What the hub says, and since when we know. With `afresh` a yes is asked for again, unless the hub is silent.
@@ -47,15 +49,17 @@ class Publishers:
             try:
                 answer = bool(self.ask(publisher))
             except (Unreachable, NotCached) as e:
-                if known is None:
+                if known is None and publisher not in self.told:
                     raise _silent(publisher, e.reason) from e
             else:
                 with contextlib.suppress(OSError):  # a read-only cache remembers nothing, and is asked again
                     self._remember(publisher, trusted=answer)
                 return answer, "asked now"
-        if known is None:
-            raise _silent(publisher, "there is no network here")
-        return known
+        if known is not None:
+            return known
+        if publisher in self.told:
+            return self.told[publisher], "says the bundle"
+        raise _silent(publisher, "no hub is asked here")
 
     def _path(self, publisher: str) -> Path:
         return self.memory / f"{publisher}.json"
@@ -107,6 +111,8 @@ class PublisherVerifier:
         name, allowed = candidate.name, self.policy.publishers
         if candidate.source in policies.LOCAL_SOURCES:
             return "on this machine already; nobody publishes it"
+        if candidate.source == "bundle" and candidate.requirement.source == "bundled":
+            return "compiled from sources that come with kernelswap, says the bundle"
         if policies.names(tuple(p for p in allowed if p not in {policies.TRUSTED, policies.NAMED}), name):
             return f"named by {self.policy.origin('publishers')}"
         vouched = self.trust if isinstance(self.trust, bool) else policies.names(_listed(self.trust), name)
