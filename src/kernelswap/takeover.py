@@ -21,7 +21,7 @@ _close: list[Callable[[], object]] = []
 def install(swapper: Swapper | None = None, *, build: str = "wait") -> None:
     """Serve `use_kernels=True`, `KernelConfig`, `attn_implementation` and `model.kernelize` of Transformers.
 
-    Also `from kernels import ...`, whether that is installed or not. Works before and after `import transformers`, and imports
+    Also `from kernels import ...`, whether that is installed or not, and so diffusers' kernels from the hub. Works before and after `import transformers`, and imports
     neither. A second call changes nothing, unless it brings another Swapper.
 
     Args:
@@ -29,6 +29,7 @@ def install(swapper: Swapper | None = None, *, build: str = "wait") -> None:
         build: bundled kernels that are not compiled yet: `wait` for them, compile in the `background`, or `never`.
     """
     from . import compat
+    from .adapters.diffusers import Answer
     from .adapters.transformers.seams import Seams
     from .adapters.transformers.switch import Switch
 
@@ -36,12 +37,14 @@ def install(swapper: Swapper | None = None, *, build: str = "wait") -> None:
         if _open and (swapper is None or _open[0].switch.is_by(swapper)):
             return
         uninstall()
-        seams = Seams(Switch(swapper, build=build))
+        seams, diffusers = Seams(Switch(swapper, build=build)), Answer()
         _open.append(seams)
         _close.append(seams.close)
         try:
+            _close.append(diffusers.close)  # runs after `kernels` is gone
             compat.install(swapper)
             _close.append(compat.uninstall)
+            diffusers.open()
             seams.open()
         except BaseException:
             uninstall()

@@ -11,7 +11,11 @@ from kernelswap import build
 @pytest.fixture(scope="session")
 def warm_cache(tmp_path_factory, layers_build):
     """A kernelswap cache with the compiled bundled kernels, shared by the tests of a worker."""
-    cache = tmp_path_factory.mktemp("warm")
+    return compiled_cache(tmp_path_factory.mktemp("warm"), layers_build)
+
+
+def compiled_cache(cache, layers_build):
+    """`cache`, with the compiled bundled kernels in it."""
     target = cache / "built" / LAYERS.name / build.source_digest(LAYERS) / "build" / layers_build.name
     shutil.copytree(layers_build, target, ignore=shutil.ignore_patterns("__pycache__"))
     return cache

@@ -251,7 +251,7 @@ def gated(subject: Subject) -> Iterator[Case]:
 
 def in_features(module: nn.Module) -> int | None:
     """Length of the rows that an MLP or a linear layer takes."""
-    for name in ("gate_proj", "gate_up_proj", "up_proj", "fc1", "c_fc", "w1", "wi_0", "wi", "dense_h_to_4h", "dense", "linear1"):
+    for name in "gate_proj gate_up_proj up_proj fc1 c_fc w1 wi_0 wi dense_h_to_4h dense linear1 proj".split():  # noqa: SIM905  # one line
         child = getattr(module, name, None)
         child = getattr(child, "base_layer", child)  # PEFT
         if isinstance(features := getattr(child, "in_features", None), int):

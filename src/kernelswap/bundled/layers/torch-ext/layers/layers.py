@@ -82,6 +82,52 @@ class GeGLUMLP(nn.Module):
         return self.down_proj(act_mul(self.gate_proj(x), self.up_proj(x), "gelu_tanh"))
 
 
+class GEGLU(nn.Module):
+    """`h * gelu(g)` with `h, g` the halves of `proj(x)`: diffusers' GEGLU. Calls `proj`; the halves are read where they lie."""
+
+    has_backward = True
+    can_torch_compile = True
+
+    def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:  # noqa: ARG002  # the original's
+        """hidden_states (..., N) -> (..., width of `proj` / 2). Further arguments are ignored, as the original does."""
+        half, gate = self.proj(hidden_states).chunk(2, dim=-1)
+        return act_mul(gate, half, "gelu")
+
+
+class SwiGLU(nn.Module):
+    """`h * silu(g)` with `h, g` the halves of `proj(x)`: diffusers' SwiGLU. Calls `proj`; the halves are read where they lie."""
+
+    has_backward = True
+    can_torch_compile = True
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """hidden_states (..., N) -> (..., width of `proj` / 2)."""
+        half, gate = self.proj(hidden_states).chunk(2, dim=-1)
+        return act_mul(gate, half, "silu")
+
+
+class LinearGELU(nn.Module):
+    """`gelu(proj(x))`, with tanh where `approximate` says so: diffusers' GELU."""
+
+    has_backward = True
+    can_torch_compile = True
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """hidden_states (..., N) -> (..., width of `proj`)."""
+        return (GELUTanh if self.approximate == "tanh" else GELU).forward(self, self.proj(hidden_states))
+
+
+class LinearQuickGELU(nn.Module):
+    """`h * sigmoid(1.702 h)` with `h = proj(x)`: diffusers' ApproximateGELU."""
+
+    has_backward = True
+    can_torch_compile = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` (..., N) -> (..., width of `proj`)."""
+        return act(self.proj(x), "gelu_quick")
+
+
 def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
     """`q` (B, HQ, T, D), k (B, HK, T, D), cos and sin (B or 1, T, R) -> rotated q and k, in new memory.
 
