@@ -184,7 +184,7 @@ def group(row: Outcome) -> tuple[str, str, str, str]:
     """Layer, original, what serves it and why: sites of which all four agree are shown as one."""
     target = row.site.target.rpartition(".")[2]
     if isinstance(row, Kept):
-        return row.site.layer, target, "the original", _general(row.reason)
+        return row.site.layer, target, "the original", general(row.reason)
     sides = {side: getattr(row, side) for side in ("inference", "training")}
     by = {side: _by(choice) for side, choice in sides.items()}
     why = {side: _why(choice) for side, choice in sides.items()}
@@ -224,7 +224,7 @@ def named(a: Artifact, layer: str) -> str:
 
 def _why(choice: Choice) -> str:
     if choice.implementation is None:
-        whys = dict.fromkeys(f"{spec}: {_general(why)}" for spec, why in choice.passed)
+        whys = dict.fromkeys(f"{spec}: {general(why)}" for spec, why in choice.passed)
         return "; ".join(whys) or "nothing is registered for it"
     found = _finding(choice.verdict) if choice.verdict is not None else "not checked"
     return f"{found}; {measured(choice)}" if choice.measured else found
@@ -242,7 +242,7 @@ def measured(choice: Choice) -> str:
     return "measured: " + "; ".join(f"{what} {', '.join(texts)}".strip() for what, texts in said.items()) if said else ""
 
 
-def _general(reason: str) -> str:
+def general(reason: str) -> str:
     """Without the element that differs and by how much: sites that were refused for the same reason stand together."""
     for place in (", element [", ", row [", ", every row is off", ", all is off"):
         reason = reason.partition(place)[0]

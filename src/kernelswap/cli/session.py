@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..errors import KernelSwapError
+
 if TYPE_CHECKING:
     from ..api import Swapper
     from ..lock import Lock
@@ -63,3 +65,18 @@ def moment(seconds: float) -> str:
     import datetime as dt
 
     return dt.datetime.fromtimestamp(seconds, dt.timezone.utc).astimezone().isoformat(" ", "seconds")
+
+
+def table(use: list[str] | None) -> dict[str, list[str]] | None:
+    """`["RMSNorm=org/a:X", ...]` as a table; several for one layer are tried in order.
+
+    Raises:
+        KernelSwapError: an entry is not LAYER=SPEC.
+    """
+    found: dict[str, list[str]] = {}
+    for text in use or ():
+        layer, sign, spec = text.partition("=")
+        if not (sign and layer and spec):
+            raise KernelSwapError(f"{text!r} is not LAYER=SPEC", todo="Write --use RMSNorm=org/kernel@1:RMSNorm, say.")
+        found.setdefault(layer, []).append(spec)
+    return found or None

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .. import sites
+from .. import render, sites
 from ..types import Artifact, Implementation, Run, Site
 from . import inputs
 
@@ -78,7 +78,7 @@ def about(candidate: Implementation, site: Site, device: torch.device, run: Run,
     """What a verdict holds for, in words: the key itself can only be compared. `rows` is None for random tensors."""
     origin = candidate.origin
     found = (
-        ("kernel", f"{origin.candidate.name}:{candidate.layer}"),
+        ("kernel", render.named(origin, candidate.layer)),
         ("build", origin.candidate.variant),
         ("digest", origin.digest),
         ("original", site.target),

@@ -18,7 +18,7 @@ import secrets
 import stat
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +74,13 @@ class Verdicts:
             if (found := self._read(file)) is not None and file.stem == found.key:
                 yield found
 
-    def export(self) -> dict[str, Any]:
-        """All verdicts as plain JSON, to travel with a lock. Without signatures: who imports them decides to trust them."""
-        return {"format": FORMAT, "verdicts": [dataclasses.asdict(v) for v in self]}
+    def export(self, *, digests: Collection[str] | None = None) -> dict[str, Any]:
+        """Verdicts as plain JSON, to travel with a lock. Without signatures: who imports them decides to trust them.
+
+        `digests`: of the builds whose verdicts are wanted; all of them by default.
+        """
+        wanted = [v for v in self if digests is None or dict(v.details).get("digest") in digests]
+        return {"format": FORMAT, "verdicts": [dataclasses.asdict(v) for v in wanted]}
 
     def import_(self, exported: Mapping[str, Any]) -> int:
         """Take over verdicts that `export` gave elsewhere, as this user's own. Returns how many.
