@@ -18,7 +18,7 @@ from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from . import locking, render, sites, spec
 from . import mode as modes
@@ -32,6 +32,7 @@ from .slots import module as module_slot
 from .sources.configured import bundle_of
 from .store import Store
 from .types import (
+    Artifact,
     Chooser,
     Implementation,
     Machine,
@@ -136,7 +137,7 @@ class Swapper(Provider):
             Tampered: bytes of a kernel differ from what was verified before.
             Refused: a kernel that the arguments name was refused.
         """
-        over, terms = _rows(table, {row.layer for row in self.table}), Terms(build, trust, progress)
+        over, terms = _rows(table, {row.layer for row in self.table}), Terms(build, trust, progress, self._meets)
         base = self.table if inherit else tuple(replace(row, use=(), rivals=()) for row in self.table)
         preferred = {
             glob: tuple(one if isinstance(one, Use) else Use(one) for one in ((specs,) if isinstance(specs, str) else specs))
@@ -246,6 +247,11 @@ class Swapper(Provider):
         wanted = {"build": "wait", **wanted, "mode": mode, "choose": speeds, "progress": progress}
         lock = self.store.cache / "measuring.lock"
         return contest.hold(speeds, lambda: self.plan(model, **wanted), seconds=seconds, lock=lock, progress=progress)
+
+    def _meets(self, artifact: Artifact) -> str | None:
+        """The first contact with native code is the prover's to make, if it can; see `proof.Check.meets`."""
+        meets = getattr(self.prover, "meets", None)
+        return None if meets is None else cast("str | None", meets(artifact))
 
     def _chooser(self, choose: str | Chooser) -> Chooser | None:
         if not isinstance(choose, str):

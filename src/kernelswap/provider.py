@@ -3,12 +3,14 @@
 What a kernel depends on comes before it; bundled kernels with sources are compiled where no build fits.
 """
 
+# long: one straight path from a spec to an implementation; who reads a half of it needs the other.
+
 from __future__ import annotations
 
 import contextlib
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -27,6 +29,7 @@ from .errors import (
     BadMetadata,
     BuildFailed,
     KernelSwapError,
+    LoadFailed,
     MissingDependency,
     NoVariant,
     SpecError,
@@ -78,6 +81,8 @@ class Terms:
     """Publishers that the call vouches for: `org`, `org/kernel`; True: whatever it asks for. A policy may say no all the same."""
     progress: Progress | None = None
     """Told about downloads and compiling."""
+    meets: Callable[[Artifact], str | None] = lambda _: None
+    """Asked before a verified kernel is imported: why it must not be, here, or None."""
 
 
 class Provider:
@@ -160,7 +165,7 @@ class Provider:
             known = self._kernels.get((requirement, device))
             if known is None:
                 artifact = self.artifact(text, device=device, terms=terms)
-                known = self._import(artifact)
+                known = self._import(artifact, (terms or Terms()).meets(artifact))
                 if artifact.candidate.source in MEMOISED:
                     self._kernels[requirement, device] = known
             return known
@@ -284,10 +289,12 @@ class Provider:
         verifiers = [replace(v, trust=trust) if trust and isinstance(v, PublisherVerifier) else v for v in self.verifiers]
         return self.store.materialize(chosen, metadata, source, verifiers, below)
 
-    def _import(self, artifact: Artifact) -> Kernel:
+    def _import(self, artifact: Artifact, why_not: str | None) -> Kernel:
         """On record before its code runs."""
         self.audit.loading(artifact)
         try:
+            if why_not is not None:
+                raise LoadFailed(why_not, asked=f"importing {artifact.candidate.requirement}")
             return loader.load(artifact, reverify=self.store.reverify)
         except KernelSwapError as e:
             self.audit.failed(artifact, e.reason)

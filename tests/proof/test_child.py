@@ -9,9 +9,10 @@ from tests.proof.zoo_crash import CRASHES, HARMLESS, artifact, implementation
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from kernelswap.proof import Check, Verdicts
+from kernelswap.api import Swapper
+from kernelswap.proof import Check, Verdicts, child
 from kernelswap.proof.child import Contact, is_native
-from kernelswap.types import Run
+from kernelswap.types import Machine, Row, Run, Use
 
 SAYS = {
     "segfaults": "SIGSEGV",
@@ -126,6 +127,50 @@ def test_an_import_can_be_tried_alone(contact, tmp_path):
     crash = replace(crash, digest=tree.digest_of(tree.hashes(crash.path)))
     why, _ = contact.imports(crash)
     assert "SIGABRT" in why if os.name == "posix" else why
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="signals have names on posix")
+@pytest.mark.parametrize(("line", "says"), [("os.abort()", "SIGABRT"), ("time.sleep(600)", "does not return within 2 s")])
+def test_a_kernel_that_ends_the_process_or_hangs_at_its_import_keeps_the_original(
+    contact, make_repo, tmp_path, monkeypatch, line, says
+):
+    monkeypatch.setattr(contact, "time_limit", 2.0)
+    files = {"_kernel.abi3.so": "no library, but named as one"}
+    root = make_repo("crash", {"torch-cpu": {"code": f"import os, time\n{line}\n", "files": files}})
+    monkeypatch.chdir(tmp_path)
+    row = Row("RMSNorm", targets=("*RMSNorm",), probe="rows", use=(Use(f"dir://{root}:Norm"),))
+    machine = Machine(os="linux", cpu="x86_64", torch=(2, 13), cxx11=True)
+
+    def swapper():
+        check = Check(Verdicts(tmp_path / "verdicts", key=tmp_path / "key"))
+        check.contact = contact
+        return Swapper(cache=tmp_path / "cache", table=(row,), prover=check, machine=machine, verifiers=(), offline=True)
+
+    model = nn.Sequential(LlamaRMSNorm(64))
+    (kept,) = swapper().plan(model)
+    assert says in kept.reason
+    assert "its import" in kept.reason
+    contact_imports, contact.imports = contact.imports, None
+    try:
+        (again,) = swapper().plan(model)
+    finally:
+        contact.imports = contact_imports
+    assert again.reason == kept.reason, "asked once per machine"
+
+
+@pytest.mark.slow
+def test_the_child_outlives_what_crashes_in_it_and_one_kernel_is_not_blamed_for_another(check, contact, tmp_path):
+    if not child.FORKS:
+        pytest.skip("the child itself meets the kernel here, and is started anew")
+    assert prove(check, artifact(tmp_path / "fine", "")).accepted
+    process = contact._child.process.pid
+    damage = "        import torch\n        torch.nn.functional.silu = None\n        torch.rsqrt = None"
+    verdict = prove(check, artifact(tmp_path / "damages", damage))
+    assert verdict.accepted, "it broke a process that is gone"
+    assert not prove(check, artifact(tmp_path / "crashes", CRASHES["segfaults"]), forward=None).accepted
+    assert prove(check, artifact(tmp_path / "after", "        torch.nn.functional.silu(hidden_states)")).accepted
+    assert contact._child.process.pid == process
 
 
 @pytest.mark.slow

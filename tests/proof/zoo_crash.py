@@ -4,6 +4,8 @@ import base64
 import hashlib
 import json
 
+import torch
+
 from kernelswap import tree
 from kernelswap.types import Artifact, Candidate, Implementation, Metadata, Requirement
 
@@ -60,6 +62,21 @@ def artifact(root, body, *, native=True, source="dir"):
     metadata = Metadata("crash", "_crash_cpu_0a1b2c3", 1, "Apache-2.0", "cpu")
     candidate = Candidate(Requirement("org/crash"), source, "org/crash", "c" * 40, "torch-cpu")
     return Artifact(candidate, root, tree.digest_of(tree.hashes(root)), metadata)
+
+
+def never_called(self, hidden_states):
+    """What a kernel that takes its process down is here: calling it means that nobody noticed."""
+    return hidden_states
+
+
+def raising(self, hidden_states):
+    raise RuntimeError("out of registers")
+
+
+def norm(self, hidden_states):
+    wide = hidden_states.float()
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.variance_epsilon)
+    return (wide * scale * self.weight.float()).to(hidden_states.dtype)
 
 
 def implementation(found, forward):

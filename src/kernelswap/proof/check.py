@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..types import Implementation, Machine, Run, Site, Verdict
+from ..types import Artifact, Implementation, Machine, Run, Site, Verdict
 from . import inputs, keys, memory, trial
 from .agree import Differs
 from .child import Contact, Contain
@@ -71,6 +71,26 @@ class Check:
     def close(self) -> None:
         """End the child process, if one runs."""
         self.contact.close()
+
+    # -- before it is imported here --
+
+    def meets(self, artifact: Artifact) -> str | None:
+        """Why a kernel must not be imported in this process: it took a child process down with it; `None`: it may.
+
+        Asked once per artifact and machine, of the kernels that `contain` names.
+        """
+        if not self.contact.wanted(artifact):
+            return None
+        parts = ("import", keys.artifact(artifact), keys.place(torch.device("cpu")))
+        with self._lock:
+            known = self._known(parts)
+            if known is None:
+                why, note = self.contact.imports(artifact)
+                known = Verdict(
+                    accepted=why is None, reason=f"its import {why}" if why else note or "was imported in a child process"
+                )
+                known = self._keep(parts, known, lasting=not note)
+        return None if known.accepted else known.reason
 
     # -- before the swap --
 

@@ -1,9 +1,12 @@
 """First contact with a kernel in a child process, so that a segmentation fault, an abort or a hang becomes a reason.
 
-The child is started once (a fresh interpreter, never a fork: CUDA and threads do not survive one), serves all kernels of this
-process, and ends with it. It loads the verified artifact as the parent does, and calls the kernel on the inputs of the proof;
-whether the numbers are right is asked afterwards, by the parent. Starting it costs the import of torch, so it runs only when
-nothing is known yet about this kernel on this machine.
+The child is started once (a fresh interpreter, never a fork of this process: CUDA and threads do not survive one), serves all
+kernels of this process, and ends with it. It loads the verified artifact as the parent does, and calls the kernel on the inputs of
+the proof; whether the numbers are right is asked afterwards, by the parent. Starting it costs the import of torch, so it runs only
+when nothing is known yet about this kernel on this machine.
+
+On Linux a kernel for the CPU meets a fork of the child, which has no threads and has called no kernel: the child outlives
+whatever a kernel does, and what one kernel damages without crashing is not blamed on the next.
 
 This is about survival, not about trust: the child has the rights of its user. What may run at all is the verifiers' decision.
 """
@@ -14,10 +17,13 @@ import contextlib
 import os
 import pickle
 import queue
+import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any, Literal
@@ -36,6 +42,9 @@ from .inputs import Case, Subject
 Contain = Literal["native", "always", "never"]
 START = 120.0
 """Seconds that the child may take to import torch on a busy machine; not counted as the kernel's."""
+GRACE = 30.0
+"""Seconds beyond a kernel's limit after which the child itself is given up."""
+FORKS = sys.platform == "linux"
 _NATIVE = (".so", ".dylib", ".dll", ".pyd")
 _COMPILES = (b"import triton", b"from triton", b"cutlass", b"tilelang", b"pallas", b"nvrtc")
 
@@ -84,6 +93,7 @@ class Contact:
             "kind": candidate.kind,
             "device": str(subject.device),
             "training": run.training,
+            "limit": self.time_limit,
             "modules": {c: _portable(module(c)) for c in sorted({case.centre for case in cases})},
             "cases": [
                 (case.name, _to_cpu((case.args, dict(case.kwargs))), case.differentiable, case.thorough, case.centre)
@@ -98,7 +108,7 @@ class Contact:
 
     def imports(self, artifact: Artifact) -> tuple[str | None, str]:
         """Why the artifact could not even be imported in the child, or `None`; and a note."""
-        return self._ask(pickle.dumps({"artifact": artifact, "layer": None}))
+        return self._ask(pickle.dumps({"artifact": artifact, "layer": None, "device": "cpu", "limit": self.time_limit}))
 
     def _ask(self, data: bytes) -> tuple[str | None, str]:
         with self._lock:
@@ -155,14 +165,13 @@ class _Child:
         """Why the kernel did not survive, or `None`."""
         with contextlib.suppress(OSError):  # it died while listening: the return code below says how
             _send(self._pipe(self.process.stdin), data)
-        said = self._wait(limit)
+        said = self._wait(limit + (GRACE if FORKS else 0.0))  # it keeps the limit itself, where it can
         if said is _SILENCE:
             self.kill()
-            return f"does not return within {limit:.0f} s (tried in a child process)"
+            return _silent(limit)
         if said is _GONE:
             self.process.wait()
-            code, words = self.process.returncode, self._last_words()
-            return f"ends the process with {_signal(code)} (tried in a child process){f': {words}' if words else ''}"
+            return _dead(self.process.returncode, self._last_words())
         if isinstance(said, tuple):
             self.kill()
             return str(said[0])
@@ -206,9 +215,15 @@ class _Child:
 _SILENCE, _GONE = object(), object()
 
 
-def _signal(code: int) -> str:
-    import signal
+def _silent(limit: float) -> str:
+    return f"does not return within {limit:.3g} s (tried in a child process)"
 
+
+def _dead(code: int, words: str) -> str:
+    return f"ends the process with {_signal(code)} (tried in a child process){f': {words}' if words else ''}"
+
+
+def _signal(code: int) -> str:
     if code < 0:
         with contextlib.suppress(ValueError):
             return signal.Signals(-code).name
@@ -267,11 +282,57 @@ def main() -> None:
     os.dup2(2, 1)  # what a kernel prints must not look like an answer
     _send(channel, pickle.dumps("ready"))
     for data in _receive(sys.stdin.buffer):
+        message = pickle.loads(data)  # noqa: S301  # from our parent
         try:
-            answer: Any = _try(pickle.loads(data))  # noqa: S301  # from our parent
+            answer: Any = _forked(message) if FORKS and message["device"] == "cpu" else _try(message)
         except _Broken as e:
             answer = (str(e),)  # a last answer: the parent starts another child
         _send(channel, pickle.dumps(answer))
+
+
+def _forked(message: dict[str, Any]) -> str | None:
+    """`_try` in a fork of this process, which says how it ended. What it prints goes nowhere but into the last words."""
+    reader, writer = os.pipe()
+    with tempfile.TemporaryFile() as printed:
+        pid = os.fork()
+        if pid == 0:
+            try:
+                for stream in (1, 2):
+                    os.dup2(printed.fileno(), stream)
+                said = pickle.dumps(_try(message))
+                os.write(writer, struct.pack("<Q", len(said)) + said)
+            except BaseException as e:  # noqa: BLE001  # nothing may return into the loop of the parent
+                os.write(2, f"{type(e).__name__}: {e}".encode())
+                os._exit(1)
+            os._exit(0)
+        os.close(writer)
+        try:
+            ended = _wait_for(pid, message["limit"])
+            if ended is None:
+                return _silent(message["limit"])
+            answers = list(_receive(os.fdopen(os.dup(reader), "rb"))) if ended == 0 else []
+        finally:
+            os.close(reader)
+        if answers:
+            said_by_fork: str | None = pickle.loads(answers[0])  # noqa: S301  # from our own fork
+            return said_by_fork
+        printed.seek(0)
+        return _dead(ended, printed.read()[-4096:].decode(errors="replace").strip().rpartition("\n")[2][:200])
+
+
+def _wait_for(pid: int, limit: float) -> int | None:
+    """How the process ended, as `subprocess` has it; `None`, and it is killed, when it did not within `limit` seconds."""
+    end, pause = time.monotonic() + limit, 1e-3
+    while True:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() >= end:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            return None
+        time.sleep(pause)
+        pause = min(0.05, 2 * pause)
 
 
 def _try(message: dict[str, Any]) -> str | None:
@@ -283,6 +344,8 @@ def _try(message: dict[str, Any]) -> str | None:
         make = layers.implementation if message["kind"] == "module" else layers.function
         implementation = make(kernel, message["layer"])
     except KernelSwapError as e:
+        if message["layer"] is None:
+            return None  # the parent will meet the same, and says it in its own words
         return f"cannot be loaded in a child process: {e.reason}"
     device = torch.device(message["device"])
     modules = {c: None if m is None else m.to(device) for c, m in message["modules"].items()}

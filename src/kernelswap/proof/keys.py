@@ -99,11 +99,12 @@ def digest(*parts: Any) -> str:
 def kernel(candidate: Implementation) -> tuple[Any, ...]:
     """The bytes that run: the artifact's digest and those of its dependencies, which layer of it, and what serves each bucket."""
     parts = tuple(None if part is None else kernel(part) for part in candidate.parts)
-    return *_digests(candidate.origin), candidate.layer, candidate.kind, *parts
+    return *artifact(candidate.origin), candidate.layer, candidate.kind, *parts
 
 
-def _digests(artifact: Artifact) -> tuple[str, ...]:
-    return artifact.digest, *(d for dependency in artifact.depends for d in _digests(dependency))
+def artifact(found: Artifact) -> tuple[str, ...]:
+    """The bytes of a kernel and of what it depends on."""
+    return found.digest, *(d for dependency in found.depends for d in artifact(dependency))
 
 
 def run_of(run: Run) -> tuple[bool, bool]:
