@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from packaging.version import Version
 from tests.adapters import attention_world as world
 from tests.adapters.attention_world import CAUSAL, MODELS, out, pair
 
@@ -105,6 +106,7 @@ def test_tokens_may_come_in_pieces(attention, side):
 
 
 def test_one_token_of_a_static_cache_reads_what_lives_and_builds_no_mask(kernels, monkeypatch):
+    import transformers
     from transformers import StaticCache
 
     seen = []
@@ -117,7 +119,8 @@ def test_one_token_of_a_static_cache_reads_what_lives_and_builds_no_mask(kernels
         first = model(IDS[:, :10], past_key_values=cache, use_cache=True).logits
         last = model(IDS[:, 10:], past_key_values=cache, use_cache=True).logits
         close(torch.cat([first, last], 1), out(eager, IDS))
-    assert seen[0] is None
+    if Version(transformers.__version__) >= Version("5.15"):  # before, it forbade to leave the mask of a static cache out
+        assert seen[0] is None
     assert (seen[1].dtype, seen[1].flatten().tolist()) == (torch.int32, [11, 11, 11])
     assert seen[1].is_contiguous(), "a kernel reads it as an array"
 

@@ -29,6 +29,7 @@ from ... import spec
 from ...errors import KernelSwapError, Refused, SpecError, Tampered, UnknownKernel
 from ...types import Requirement
 from . import attention_masks as masks
+from . import attention_pages
 from .arrival import Arrivals
 from .attention_flash import Flash, Functions
 from .patches import Patches
@@ -119,7 +120,8 @@ class Attention:
         module = self.switch.swapper.load(str(replace(asked, layer=None, paged=False, text=None)), trust=trust)
         found = self._classify(module, asked, key)
         modeling, masking = (importlib.import_module(name) for name in (MODELING, "transformers.masking_utils"))
-        modeling.ALL_ATTENTION_FUNCTIONS.register(key, found.forward)
+        release = sys.modules["transformers"].__version__
+        modeling.ALL_ATTENTION_FUNCTIONS.register(key, attention_pages.understood(found.forward, release))
         masking.ALL_MASK_ATTENTION_FUNCTIONS.register(key, found.mask)
         self.registered[key] = found
 

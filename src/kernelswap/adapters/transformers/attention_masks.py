@@ -29,10 +29,12 @@ def two_dimensional(
             import torch
 
             return torch.ones((batch_size, live), dtype=torch.bool, device=rest.get("device"))
-    return _masking().flash_attention_mask(
+    found = _masking().flash_attention_mask(
         batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
         attention_mask=attention_mask, **rest,
     )  # fmt: skip
+    shorter = found is None and attention_mask is not None and kv_offset == 0 and attention_mask.shape[-1] < kv_length
+    return attention_mask if shorter else found  # without padding it still says how much of a static cache lives
 
 
 def with_lengths(  # noqa: PLR0913, PLR0917  # Transformers' signature
@@ -72,7 +74,8 @@ def _one_token(  # what the mask of one token depends on
 ) -> Any:
     """`None`, lengths, or False: it takes a mask of four dimensions."""
     static = isinstance(offset, torch.Tensor)
-    if static and function is _masking().causal_mask_function and kv_offset == 0 and offset.ndim == 0:
+    if static and function is _masking().causal_mask_function and kv_offset == 0 and offset.numel() == 1:
+        offset = offset.reshape(())  # of one dimension before 5.15
         plain = mask is None or (mask.shape[-1] <= keys and bool(_prefix(torch, mask, offset)))
         return (offset + 1).to(torch.int32).expand(batch).contiguous().view(batch, 1, 1, 1) if plain else False
     if not static and local_size is not None and keys <= local_size and _slides(function):
