@@ -3,6 +3,8 @@
 
     python3 dev.py demo [ARGS]   the main job: `kernelswap demo ARGS`
     python3 dev.py test [ARGS]   ruff, mypy, then `pytest ARGS`
+    python3 dev.py transformers [oldest|all|MINOR...] [PYTEST ARGS]
+                                 the tests that touch Transformers, on other releases: 5.10 5.15, say; all, unless named
     python3 dev.py docs          write the pages that are generated (docs/cli.md)
     python3 dev.py setup         only set up
 
@@ -33,6 +35,8 @@ BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
 PYTHON = BIN / ("python.exe" if os.name == "nt" else "python")
 STAMP = VENV / "kernelswap.stamp"
 INTERPRETER = VENV / "interpreter"
+RELEASES = ROOT / "requirements" / "transformers.txt"
+TOUCHING = ("tests/adapters", "tests/guide", "tests/ecosystem", "tests/compat/test_transformers.py")
 TORCH = "2.13.0"
 PIP = "26.3"  # knows --group (25.1) and --build-constraint (25.3)
 
@@ -131,6 +135,57 @@ def interpreter() -> None:
         say(f"no {pin} for this Python; the tests that interpret GPU kernels will say that they were skipped")
 
 
+def releases(python: tuple[int, ...] = sys.version_info[:2]) -> dict[str, list[str]]:
+    """`{"5.10": pins}`: the other supported releases of Transformers that this Python can have, oldest first."""
+    lines = [line.split("#")[0].split() for line in RELEASES.read_text(encoding="utf-8").splitlines()]
+    found = {}
+    for line in filter(None, lines):
+        needs = [tuple(int(n) for n in one.removeprefix("python>=").split(".")) for one in line if one.startswith("python>=")]
+        if all(python >= one for one in needs):
+            found[line[0].removeprefix("transformers==").rpartition(".")[0]] = [one for one in line if "==" in one]
+    return found
+
+
+def release(minor: str) -> Path:
+    """A directory that holds one release of Transformers with what it pins, to be put before the environment's own."""
+    pins = releases()[minor]
+    folder = VENV / f"transformers-{minor}"
+    stamp = folder / "kernelswap.stamp"
+    if not stamp.exists() or stamp.read_text() != " ".join(pins):
+        shutil.rmtree(folder, ignore_errors=True)
+        say(f"installing {pins[0]} into {folder}")
+        pip = (PYTHON, "-m", "pip", "install", "-qq", "--disable-pip-version-check", "--no-deps", "--target", folder)
+        must(*pip, *pins, doing=f"installing {pins[0]}")
+        stamp.write_text(" ".join(pins))
+    return folder
+
+
+def transformers(args: list[str]) -> int:
+    """Tests on other releases of Transformers; every one of them runs, the first failure is the exit status."""
+    known = list(releases())
+    named = {"oldest": known[:1], "all": known, **{a: [a] for a in args if a.count(".") == 1 and a.replace(".", "").isdigit()}}
+    asked = [minor for a in args for minor in named.get(a, [])] or known
+    rest = [a for a in args if a not in named]
+    if unknown := [minor for minor in asked if minor not in known]:
+        say(f"{', '.join(unknown)}: not in {RELEASES.relative_to(ROOT)}, which has {', '.join(known)}")
+        return 2
+    codes = []
+    for minor in asked:
+        path = os.pathsep.join([str(release(minor)), *filter(None, [os.environ.get("PYTHONPATH")])])
+        say(f"Transformers {minor}")
+        touching = [] if any(a.startswith("tests") for a in rest) else TOUCHING
+        codes.append(pytest([*touching, *rest], PYTHONPATH=path, KERNELSWAP_TRANSFORMERS=minor))
+    return next((c for c in codes if c), 0)
+
+
+def pytest(args: list[str], **env: str) -> int:
+    """Pytest on all cores, unless `-n` says otherwise."""
+    workers = [] if any(a.startswith("-n") for a in args) else ["-n", str(min(8, os.cpu_count() or 1)), "--dist", "loadfile"]
+    # a worker per core: torch's own threads on top of that would only wait for each other
+    alone = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")} if workers else {}
+    return call(PYTHON, "-m", "pytest", "-q", *workers, *args, env={**os.environ, **alone, **env})
+
+
 def demo(args: list[str]) -> int:
     """The main job."""
     return call(PYTHON, "-m", "kernelswap", "demo", *args)
@@ -141,11 +196,7 @@ def test(args: list[str]) -> int:
     codes = [call(PYTHON, "-m", "ruff", "check", "."), call(PYTHON, "-m", "ruff", "format", "--check", "-q", ".")]
     codes.append(call(PYTHON, "-m", "mypy"))
     interpreter()
-    cores = os.cpu_count() or 1
-    workers = [] if any(a.startswith("-n") for a in args) else ["-n", str(min(8, cores)), "--dist", "loadfile"]
-    # a worker per core: torch's own threads on top of that would only wait for each other
-    alone = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")} if workers else None
-    codes.append(call(PYTHON, "-m", "pytest", "-q", *workers, *args, env=alone))
+    codes.append(pytest(args))
     return next((c for c in codes if c), 0)
 
 
@@ -156,7 +207,7 @@ def docs(args: list[str]) -> int:
 
 def main(argv: list[str]) -> int:
     """Parse by hand: before the set-up there is only the standard library."""
-    verbs = {"demo": demo, "test": test, "docs": docs, "setup": lambda _: 0}
+    verbs = {"demo": demo, "test": test, "transformers": transformers, "docs": docs, "setup": lambda _: 0}
     if not argv or argv[0] not in verbs:
         print(__doc__)
         return 0 if argv and argv[0] in {"-h", "--help", "help"} else 2

@@ -8,6 +8,7 @@ import sys
 import pytest
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -119,3 +120,40 @@ def test_ci_runs_what_the_readme_says():
     for command in ("python3 dev.py test", "python3 dev.py demo"):
         assert command in run
         assert command in readme
+
+
+# -- releases of Transformers ---------------------------------------------------------------------------------------
+
+
+def test_every_minor_release_of_transformers_that_is_supported_is_tested(dev):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    asked = next(
+        Requirement(r) for r in project["project"]["optional-dependencies"]["transformers"] if r.startswith("transformers")
+    )
+    newest = max((next(iter(p.specifier)).version for p in pins() if p.name == "transformers"), key=Version)
+    oldest = min(s.version for s in asked.specifier if s.operator == ">=")
+    minors = [int(v.split(".")[1]) for v in (oldest, newest)]
+    assert [*dev.releases((3, 11))] == [f"5.{minor}" for minor in range(minors[0], minors[1])]
+    for line in dev.releases((3, 11)).values():
+        assert [str(Requirement(pin).specifier)[:2] for pin in line] == ["=="] * len(line)
+    assert "5.22" not in dev.releases((3, 10))  # it needs 3.11
+    assert "dev.py transformers oldest" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_a_release_is_installed_once_beside_the_environment_and_put_before_it(dev, tmp_path, monkeypatch):
+    monkeypatch.setattr(dev, "VENV", tmp_path)
+    installed, ran = [], []
+    monkeypatch.setattr(
+        dev, "must", lambda *command, doing: installed.append(command) or (tmp_path / "transformers-5.10").mkdir()
+    )
+    monkeypatch.setattr(dev, "call", lambda *command, env: ran.append((command, env)) or 3)
+    for _ in range(2):
+        assert dev.transformers(["oldest", "-n", "0"]) == 3
+    assert [command[-1] for command in installed] == [dev.releases()["5.10"][-1]]
+    assert ran[0][0][-6:] == (*dev.TOUCHING, "-n", "0")
+    assert ran[0][1]["PYTHONPATH"].split(dev.os.pathsep)[0] == str(tmp_path / "transformers-5.10")
+
+
+def test_a_release_that_is_not_supported_is_said(dev, capsys):
+    assert dev.transformers(["4.57"]) == 2
+    assert "4.57: not in requirements/transformers.txt, which has 5.10, 5.11," in capsys.readouterr().err

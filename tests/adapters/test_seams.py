@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import os
 import pathlib
 import subprocess
 import sys
@@ -84,8 +85,6 @@ def _model_class():
 
 
 def run(code, **env):
-    import os
-
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code],
         capture_output=True,
@@ -96,6 +95,15 @@ def run(code, **env):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout.strip()
+
+
+@pytest.mark.skipif("KERNELSWAP_TRANSFORMERS" not in os.environ, reason="no release of Transformers was asked for")
+def test_the_release_of_transformers_is_the_one_that_was_asked_for():
+    import transformers
+
+    wanted = os.environ["KERNELSWAP_TRANSFORMERS"] + "."
+    assert transformers.__version__.startswith(wanted)
+    assert run("import transformers; print(transformers.__version__)").startswith(wanted)
 
 
 def test_importing_kernelswap_changes_nothing_and_installing_imports_nothing_heavy():

@@ -21,7 +21,7 @@ def understood(forward: Callable[..., Any], release: str) -> Callable[..., Any]:
 
     @functools.wraps(forward)
     def with_pages(module: Any, query: Any, key: Any, value: Any, mask: Any, *args: Any, cache: Any = None, **kwargs: Any) -> Any:
-        if cache is not None and _asks_for_indices(type(cache)):
+        if cache is not None and _asks_for_indices(type(cache).update):
             key, value, kwargs = _looked_up(module, key, value, cache, kwargs)
             cache = None
         return forward(module, query, key, value, mask, *args, **({} if cache is None else {"cache": cache}), **kwargs)
@@ -30,8 +30,8 @@ def understood(forward: Callable[..., Any], release: str) -> Callable[..., Any]:
 
 
 @functools.cache
-def _asks_for_indices(cls: Any) -> bool:
-    return "read_index" in inspect.signature(cls.update).parameters
+def _asks_for_indices(update: Callable[..., Any]) -> bool:
+    return "read_index" in inspect.signature(update).parameters
 
 
 def _looked_up(module: Any, key: Any, value: Any, cache: Any, kwargs: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:

@@ -46,6 +46,7 @@ TOUCHED: tuple[tuple[str, str, str], ...] = (
     (HUB_KERNELS, "kernelize", "is ours"),
     (HUB_KERNELS, "get_kernel", "loads through us"),
     (HUB_KERNELS, "lazy_load_kernel", "loads through us; reads the private table _HUB_KERNEL_MAPPING"),
+    (HUB_KERNELS, "use_kernel_forward_from_hub", "takes a condition on a class; without one it is theirs"),
     (HUB_KERNELS, "allow_all_hub_kernels", "is entered where from_config vouches for kernels; not replaced"),
 )
 """(module, attribute, why). Attention has its own table in `attention.py`."""
@@ -183,7 +184,9 @@ class Seams:
             mapping[kernel_name] = self._lazily(kernel_name, about, trust=bool(getattr(module, "ALLOW_ALL_KERNELS", False)))
             return mapping[kernel_name]  # type: ignore[no-any-return]  # set on the line above
 
-        for name, value in (("kernelize", kernelize), ("get_kernel", get_kernel), ("lazy_load_kernel", lazy_load_kernel)):
+        ours = {"kernelize": kernelize, "get_kernel": get_kernel, "lazy_load_kernel": lazy_load_kernel}
+        ours |= {_DECORATOR: _decorator(vars(module)[_DECORATOR])} if _DECORATOR in vars(module) else {}
+        for name, value in ours.items():
             former = self.patches.put(module, name, value) if name in vars(module) else None
             if former is not None:
                 self.patches.replace(former, value)
@@ -202,6 +205,26 @@ class Seams:
             return importlib.import_module(name.replace("-", "_"))
         except ImportError:
             return None
+
+
+_DECORATOR = "use_kernel_forward_from_hub"
+
+
+def _decorator(theirs: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(theirs)
+    def use_kernel_forward_from_hub(layer_name: str, condition: Callable[[Any], bool] | None = None) -> Callable[..., Any]:
+        decorate = theirs(layer_name)
+
+        def mark(target: Any) -> Any:
+            marked = decorate(target)
+            if condition is not None and isinstance(marked, type):
+                setattr(marked, "kernel_layer_name", layer_name)  # noqa: B010  # mypy knows of no such attribute
+                setattr(marked, "kernel_condition", staticmethod(condition))  # noqa: B010  # same
+            return marked
+
+        return mark
+
+    return use_kernel_forward_from_hub
 
 
 @contextlib.contextmanager
