@@ -1,11 +1,13 @@
 """`kernels`, served from a Swapper whose hub is on loopback."""
 
+import hashlib
 import json
 import sys
 
 import pytest
 import torch
 from tests.hub import kernel_files
+from tests.hub.repos import blob_id, is_lfs
 from tests.swapping import CPU, LAYERS, Near
 
 from kernelswap import compat
@@ -72,6 +74,18 @@ def published(hub, name="org/demo", version=1, *, code=CODE, variants=("torch-cp
         files |= kernel_files(variant, code, name=name.partition("/")[2], version=version, files=inside, **more)
     hub.organization(name.partition("/")[0], trusted=True)
     return hub.repo(name).branch(f"v{version}", files)
+
+
+def old_lock(hub, name, commit):
+    """A lock as releases up to 0.16 wrote it, with the digest of every build, as its text."""
+    found = {}
+    for path, data in sorted(hub.repo(name).commits[commit].items(), key=lambda item: item[0].encode()):
+        build, variant, inside = path.split("/", 2)
+        assert build == "build"
+        blob = hashlib.sha256(data).hexdigest() if is_lfs(path, data) else blob_id(data)
+        found.setdefault(variant, hashlib.sha256()).update(inside.encode() + bytes.fromhex(blob))
+    variants = {v: {"hash": f"sha256-{state.hexdigest()}", "hash_type": "git_lfs_concat"} for v, state in found.items()}
+    return json.dumps([{"repo_id": name, "sha": commit, "variants": variants}])
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import sys
 import textwrap
 
 import pytest
-from tests.compat.conftest import CODE, published
+from tests.compat.conftest import CODE, old_lock, published
 from tests.hub import kernel_files
 
 FLASH = """
@@ -116,17 +116,12 @@ def test_bare_requests_with_and_without_a_version(kernels, hub, module):
         del sys.modules["flash_attn_interface"]
 
 
-def old_lock(name, commit, variants=("torch-cpu",)):
-    digests = {v: {"hash": f"sha256-{'0' * 64}", "hash_type": "git_lfs_concat"} for v in variants}
-    return [{"repo_id": name, "sha": commit, "variants": digests}]
-
-
 def test_sglang_gives_the_lock_by_position_and_asks_by_branch(kernels, hub, tmp_path):
     commit = flash(hub, "kernels-community/sgl-flash-attn3")
     module = kernels.get_kernel("kernels-community/sgl-flash-attn3", revision="v1")
     assert module.flash_attn_with_kvcache(1, 2, 3) == 1
     path = tmp_path / "kernels.lock"
-    path.write_text(json.dumps(old_lock("kernels-community/sgl-flash-attn3", commit)))
+    path.write_text(old_lock(hub, "kernels-community/sgl-flash-attn3", commit))
     assert kernels.load_kernel("kernels-community/sgl-flash-attn3", str(path)) is module
 
 
@@ -136,7 +131,7 @@ def test_sglang_finds_the_build_in_the_cache_itself_and_loads_the_snapshot(kerne
 
     commit = flash(hub, "kernels-community/sgl-flash-attn3")
     module = kernels.get_kernel("kernels-community/sgl-flash-attn3", version=1)
-    (entry,) = old_lock("kernels-community/sgl-flash-attn3", commit)
+    (entry,) = json.loads(old_lock(hub, "kernels-community/sgl-flash-attn3", commit))
     (variant,) = entry["variants"]
     path = f"build/{variant}/metadata.json"
     found = try_to_load_from_cache(entry["repo_id"], path, cache_dir=hub_cache, revision=entry["sha"], repo_type="kernel")
@@ -145,6 +140,34 @@ def test_sglang_finds_the_build_in_the_cache_itself_and_loads_the_snapshot(kerne
     local = kernels.get_local_kernel(snapshot)
     assert local.flash_attn_func(2, 3, 4) == 2
     assert local is module  # the same bytes are the same kernel
+
+
+def test_a_script_that_reads_an_old_lock_itself_installs_what_it_pins_and_nothing_else(kernels, hub):
+    commit = flash(hub, "kernels-community/flash-attn2")
+    from kernels.lockfile import KernelLock, VariantLock
+
+    from kernels import get_local_kernel, install_kernel
+
+    entry = KernelLock.from_json(json.loads(old_lock(hub, "kernels-community/flash-attn2", commit))[0])
+    assert (entry.repo_id, entry.sha, set(entry.variants)) == ("kernels-community/flash-attn2", commit, {"torch-cpu"})
+    path = install_kernel(entry.repo_id, revision=entry.sha, variant_locks=entry.variants, validate_dependencies=True)
+    assert get_local_kernel(path).flash_attn_func(1, 2, 3) == 1
+    with pytest.raises(ValueError, match="the lock states sha256-000"):
+        install_kernel(entry.repo_id, revision=entry.sha, variant_locks={"torch-cpu": VariantLock("sha256-" + "0" * 64)})
+    with pytest.raises(ValueError, match="has no torch-cpu"):
+        install_kernel(entry.repo_id, revision=entry.sha, variant_locks={})
+    with pytest.raises(ValueError, match="sha"):
+        KernelLock.from_json({"repo_id": "a/b", "sha": "short", "variants": {}})
+
+
+def test_a_script_pins_a_revision_where_0_16_took_one_from_the_cache_alone(kernels, hub):
+    commit = published(hub)
+    with pytest.raises(FileNotFoundError):
+        kernels.load_kernel("org/demo", lockfile=None, revision=commit, backend="cpu")
+    module = kernels.get_kernel("org/demo", revision=commit)
+    asked = len(hub.requests())
+    assert kernels.load_kernel("org/demo", lockfile=None, revision=commit, backend="cpu") is module
+    assert len(hub.requests()) == asked
 
 
 def test_text_generation_inference_finds_an_old_lock_in_its_own_metadata(kernels, hub, tmp_path, monkeypatch):
@@ -172,7 +195,7 @@ def test_text_generation_inference_finds_an_old_lock_in_its_own_metadata(kernels
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: text-generation-server\nVersion: 3.0\n")
     (info / "top_level.txt").write_text("text_generation_server\n")
-    (info / "kernels.lock").write_text(json.dumps(old_lock("org/demo", commit)))
+    (info / "kernels.lock").write_text(old_lock(hub, "org/demo", commit))
     monkeypatch.syspath_prepend(str(site))
     try:
         from text_generation_server.kernels import load_kernel

@@ -1,28 +1,17 @@
 """Kernels at the commits of a lock: a file, or the metadata of the distribution that asks."""
 
 import json
+import shutil
 import sys
 
 import pytest
-from tests.compat.conftest import CODE, published
+from tests.compat.conftest import CODE, old_lock, published
 
 from kernelswap import compat
 
 
 def current(name, commit, version=1):
     return json.dumps([{"dependency": {"repo-id": name, "version": version}, "lock": {"commit": commit}}])
-
-
-def old(name, commit):
-    return json.dumps(
-        [
-            {
-                "repo_id": name,
-                "sha": commit,
-                "variants": {"torch-cpu": {"hash": f"sha256-{'0' * 64}", "hash_type": "git_lfs_concat"}},
-            }
-        ]
-    )
 
 
 @pytest.fixture
@@ -55,10 +44,42 @@ def test_load_kernel_asks_the_cache_alone(kernels, locked, hub):
     assert len(hub.requests()) == asked
 
 
-def test_the_old_format_is_read(kernels, hub, tmp_path):
+def test_the_old_format_is_read_and_its_digests_hold(kernels, hub, tmp_path, make_swapper):
     path = tmp_path / "kernels.lock"
-    path.write_text(old("org/demo", published(hub)))
+    right = old_lock(hub, "org/demo", published(hub, files={"big.bin": b"B" * 5000}))
+    path.write_text(right)
     assert kernels.get_locked_kernel("org/demo", lockfile=path).double(1) == 2
+    pinned = json.loads(right)[0]["variants"]["torch-cpu"]["hash"]
+    path.write_text(right.replace(pinned, f"sha256-{'0' * 64}"))
+    with pytest.raises(ValueError, match="the lock states sha256-000"):  # though it is in the store by now
+        kernels.get_locked_kernel("org/demo", lockfile=path)
+    with pytest.raises(ValueError, match="the lock states sha256-000"):
+        kernels.LockedLayerRepository("org/demo", lockfile=path, layer_name="Doubles").load()
+
+
+def test_digests_of_an_old_lock_hold_for_what_another_tool_fetched_too(hub, hub_cache, tmp_path, make_swapper):
+    from huggingface_hub import snapshot_download
+
+    commit = published(hub, files={"big.bin": b"B" * 5000})
+    given = {"repo_type": "kernel", "revision": commit, "cache_dir": hub_cache, "endpoint": hub.url}
+    snapshot_download("org/demo", **given)
+    for listed in (*hub_cache.rglob("trees"), *hub_cache.rglob(".kernelswap")):
+        shutil.rmtree(listed)  # older clients list nothing
+    compat.install(make_swapper(offline=True))
+    import kernels
+
+    try:
+        path = tmp_path / "kernels.lock"
+        right = old_lock(hub, "org/demo", commit)
+        pinned = json.loads(right)[0]["variants"]["torch-cpu"]["hash"]
+        path.write_text(right.replace(pinned, f"sha256-{'0' * 64}"))
+        vouched = {"lockfile": path, "trust_remote_code": True}  # nobody here ever asked who publishes it
+        with pytest.raises(ValueError, match="the lock states sha256-000"):
+            kernels.get_locked_kernel("org/demo", True, **vouched)
+        path.write_text(right)
+        assert kernels.get_locked_kernel("org/demo", True, **vouched).double(1) == 2
+    finally:
+        compat.uninstall()
 
 
 def test_a_lock_that_does_not_help_says_so(kernels, locked, tmp_path):

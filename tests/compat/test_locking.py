@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from tests.compat.conftest import CODE, published
+from tests.compat.conftest import CODE, old_lock, published
 
 from kernelswap import lock as locks
 
@@ -49,8 +49,7 @@ def test_what_is_locked_stays_until_update_and_the_change_is_said(cli, hub, proj
 
 def test_an_old_lock_is_read_and_kept_to(cli, hub, project):
     before = publish(hub)
-    variants = {"torch-cpu": {"hash": f"sha256-{'0' * 64}", "hash_type": "git_lfs_concat"}}
-    (project / "kernels.lock").write_text(json.dumps([{"repo_id": "org/top", "sha": before, "variants": variants}]))
+    (project / "kernels.lock").write_text(old_lock(hub, "org/top", before))
     publish(hub, CODE + "\nLATER = True\n")
     assert cli("lock", project)[0] == 0
     assert locks.parse((project / "kernels.lock").read_text()).find("org/top").commit == before

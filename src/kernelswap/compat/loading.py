@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from .. import loader
 from ..errors import KernelSwapError, SpecError, Tampered
+from ..lock import LockedBuild
 from ..provider import Terms
+from ..sources.pinned import check_old
 from ..types import Artifact, Requirement
 from . import state
 from .values import LoadedKernel, Metadata, RepoInfo, VariantAccepted, VariantName, VariantRejected
@@ -113,7 +115,7 @@ def install_kernel(  # noqa: PLR0913  # the reference's, of every release
     repo_id: str,
     revision: str | None = None,
     local_files_only: bool = False,  # noqa: FBT001, FBT002  # positional up to 0.12
-    variant_locks: Any = None,  # noqa: ARG001  # of old releases; a lock is `get_locked_kernel`'s
+    variant_locks: Mapping[str, Any] | None = None,
     user_agent: Any = None,  # noqa: ARG001  # see the file's docstring
     *,
     version: int | str | None = None,
@@ -123,12 +125,21 @@ def install_kernel(  # noqa: PLR0913  # the reference's, of every release
 ) -> Path:
     """Fetch and verify a kernel and what it depends on, without importing it; the directory of the build.
 
+    `variant_locks`, of releases up to 0.16, is `{build: an object with .hash}`, as in locks of that time.
+
     Raises:
-        As `get_kernel`, except for what an import may raise.
+        As `get_kernel`, except for what an import may raise. ValueError: the build is not the one of `variant_locks`.
     """
     swapper = state.varied(offline=local_files_only)
     text, device = spec_of(repo_id, revision, version), _device(swapper, backend)
-    return swapper.artifact(text, device=device, terms=Terms(trust=_trust(trust_remote_code))).path
+    artifact = swapper.artifact(text, device=device, terms=Terms(trust=_trust(trust_remote_code)))
+    if variant_locks is not None:
+        variant = artifact.candidate.variant
+        if variant not in variant_locks:
+            raise ValueError(f"`variant_locks` has no {variant}; it has {', '.join(sorted(variant_locks)) or 'nothing'}")
+        pinned = str(getattr(variant_locks[variant], "hash", "")).removeprefix("sha256-")
+        check_old(swapper.sources["hub"], artifact.candidate, LockedBuild(variant, git_lfs_concat=pinned))
+    return artifact.path
 
 
 def get_kernel_variants(

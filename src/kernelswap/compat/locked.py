@@ -16,9 +16,10 @@ from .. import lock as locks
 from ..errors import Refused
 from ..lock import Lock, Locked
 from ..provider import Terms
-from ..types import Artifact
+from ..sources.pinned import check_old
+from ..types import Artifact, Source
 from . import state
-from .loading import Trust, _device, _trust
+from .loading import Trust, _device, _trust, spec_of
 
 FILES = ("kernelswap.lock", "kernels.lock")
 """In a distribution's metadata, the first of them that is there."""
@@ -30,7 +31,7 @@ def load_kernel(
     lockfile: Lockfile = None,
     backend: str | None = None,
     *,
-    revision: str | None = None,  # noqa: ARG001  # of some releases; the lock says it
+    revision: str | None = None,
 ) -> ModuleType:
     """A locked kernel, from the cache alone.
 
@@ -38,12 +39,15 @@ def load_kernel(
         repo_id: `org/repo`.
         lockfile: `kernels.lock` of either format, or `kernelswap.lock`; default: in the metadata of the calling package.
         backend: see `get_kernel`.
-        revision: ignored.
+        revision: without a lockfile, what to load instead of what a lock says; of releases 0.15 and 0.16.
 
     Raises:
         ValueError: there is no lock, it does not parse, or it does not name the kernel.
         FileNotFoundError: the kernel is not in the cache.
     """
+    if revision is not None and lockfile is None:
+        swapper = state.varied(offline=True)
+        return swapper.kernel(spec_of(repo_id, revision, None), device=_device(swapper, backend)).module
     return _load(repo_id, read(lockfile), backend=backend, offline=True, trust=False)
 
 
@@ -64,17 +68,19 @@ def _load(repo_id: str, lock: Lock, *, backend: str | None, offline: bool, trust
     entry = locked(lock, repo_id)
     swapper = state.varied(offline=offline, lock=lock)
     artifact = swapper.artifact(entry.asked, device=_device(swapper, backend), terms=Terms(trust=_trust(trust)))
-    compare(entry, artifact)
+    compare(entry, artifact, swapper.sources["hub"])
     return loader.load(artifact, reverify=swapper.store.reverify).module
 
 
-def compare(entry: Locked, artifact: Artifact) -> None:
+def compare(entry: Locked, artifact: Artifact, source: Source) -> None:
     """What was in the store before the lock was read is compared with it, too.
 
     Raises:
         Refused: the lock pins other bytes.
     """
     build = entry.build(artifact.candidate.variant)
+    if build is not None:
+        check_old(source, artifact.candidate, build)
     if build is not None and build.tree is not None and build.tree != artifact.digest:
         raise Refused(
             f"the lock states the tree {build.tree}, this is {artifact.digest}",

@@ -50,6 +50,7 @@ MODULES: dict[str, dict[str, tuple[str, str]]] = {
     "kernels.benchmarks.layer_norm": _NORMS,
     "kernels.cli": _of("command", "main", "download_kernels"),
     "kernels.load": {**_LOADING, **_LOADED, **_LOCKED},
+    "kernels.lockfile": _of("lockfile", "KernelLock", "VariantLock"),
     "kernels.locking": _LOCKED,
     "kernels.metadata": _of("values", "Metadata"),
     "kernels.utils": {**_LOADING, **_LOADED, **_LOCKED},

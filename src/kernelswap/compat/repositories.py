@@ -129,9 +129,10 @@ class LockedLayerRepository(Repository):
         Raises:
             Refused: they are others.
         """
-        if any(build.tree or build.files for build in self._entry.builds):
+        if any(build.tree or build.files or build.git_lfs_concat for build in self._entry.builds):
             swapper = state.varied(lock=self._lock)
-            locks.compare(self._entry, swapper.artifact(self._entry.asked, terms=Terms(trust=self.trust)))
+            artifact = swapper.artifact(self._entry.asked, terms=Terms(trust=self.trust))
+            locks.compare(self._entry, artifact, swapper.sources["hub"])
 
 
 class _Function:

@@ -250,6 +250,13 @@ class HubSource:
         if targets:
             self._every(candidate, targets, listing, f"fetching {folder} of {candidate.requirement}")
 
+    def git_lfs_concat(self, candidate: Candidate) -> str | None:
+        """The digest of the build as old locks have it; `None` where the files of its commit cannot be told apart."""
+        listing = self._index.listing(candidate.name, candidate.commit, candidate.requirement)
+        if listing is None:
+            listing = CachedRepo(self.cache, candidate.name).fetched(candidate.commit, candidate.variant)
+        return hub_cache.git_lfs_concat(listing, candidate.variant) if listing is not None else None
+
     def _every(self, candidate: Candidate, targets: Mapping[str, Path], listing: Listing | None, asked: str) -> None:
         problems = [f"{strict.quote(p)} {why}" for p in targets if (why := strict.path_problem(p)) is not None]
         if problems:

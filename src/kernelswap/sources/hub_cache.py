@@ -97,6 +97,15 @@ def variants(paths: Iterable[str]) -> dict[str, list[str]]:
     return found
 
 
+def git_lfs_concat(listing: Listing, variant: str) -> str:
+    """What old locks pin of a build: sha256, hex, over the path and the git blob or LFS id (raw) of every file, by path in it."""
+    prefix, state = f"build/{variant}/", hashlib.sha256()
+    inside = {path.removeprefix(prefix).encode(): entry for path, entry in listing.items() if path.startswith(prefix)}
+    for path, entry in sorted(inside.items()):
+        state.update(path + bytes.fromhex(entry.sha256 or entry.oid))
+    return state.hexdigest()
+
+
 @dataclass(frozen=True, slots=True)
 class CachedRepo:
     """What the cache holds of one kernel repository."""
@@ -205,6 +214,22 @@ class CachedRepo:
             return [v for v, paths in here.items() if any(p.endswith(("/__init__.py", f"/{METADATA}")) for p in paths)]
         wanted = variants(listing)
         return [v for v in here if v in wanted and all(self._has(commit, p, listing[p].size) for p in wanted[v])]
+
+    def fetched(self, commit: str, variant: str) -> Listing | None:
+        """The files of a build as they are here, where nobody listed them: blobs are named after what git or LFS calls them.
+
+        `None` where that cannot be told: without links, as on some systems.
+        """
+        found: dict[str, Entry] = {}
+        for path in variants(self.on_disk(commit)).get(variant, ()):
+            file = self.file(commit, path)
+            if file is None or len(file.name) not in {40, 64}:
+                return None
+            data = file.read_bytes()
+            blob = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+            large = hashlib.sha256(data).hexdigest() if len(file.name) == 64 else None
+            found[path] = Entry(len(data), blob, large)
+        return found or None
 
     def forget(self, commit: str, path: str) -> None:
         """Take a damaged file out, so that no tool is served it."""

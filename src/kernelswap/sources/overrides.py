@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..types import Candidate, Requirement, Source
 from .directory import DirectorySource, stand_in
+from .pinned import old_digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,10 @@ class Overrides:
     def fetch(self, candidate: Candidate, into: Path) -> None:
         """From wherever the candidate came."""
         self._of(candidate).fetch(candidate, into)
+
+    def git_lfs_concat(self, candidate: Candidate) -> str | None:
+        """As the source of the candidate has it; a directory that stands in for a repository has none."""
+        return old_digest(self._of(candidate), candidate)
 
     def _of(self, candidate: Candidate) -> Source:
         return self._directories if candidate.source == self.key else self.source

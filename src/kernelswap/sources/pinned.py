@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .. import tree
 from ..errors import Refused, UnknownKernel
-from ..lock import Lock, Locked
+from ..lock import Lock, Locked, LockedBuild
 from ..types import Candidate, Requirement, Source
 
 
@@ -63,7 +63,10 @@ class Pinned:
         self.source.fetch(candidate, into)
         entry = self.lock.find(candidate.requirement.name, candidate.requirement)
         build = entry.build(candidate.variant) if entry else None
-        if build is None or not (build.files or build.tree):
+        if build is None:
+            return
+        check_old(self.source, candidate, build)
+        if not (build.files or build.tree):
             return
         found = tree.hashes(into)
         problems = _differences(dict(build.files), found) if build.files else []
@@ -76,11 +79,40 @@ class Pinned:
                 todo="if the change is meant, write the lock anew; otherwise somebody changed what was published",
             )
 
+    def git_lfs_concat(self, candidate: Candidate) -> str | None:
+        """As the wrapped source has it."""
+        return old_digest(self.source, candidate)
+
     def _unlocked(self, requirement: Requirement) -> UnknownKernel:
         other: Locked | None = self.lock.find(requirement.name)
         names = sorted({e.name for e in self.lock.entries})
         found = f"the lock has {other.asked} at {other.commit}" if other else f"the lock has {', '.join(names) or 'no kernel'}"
         return UnknownKernel(found, asked=f"looking for {requirement} in the lock", todo="add it with `kernelswap lock`")
+
+
+def old_digest(source: Source, candidate: Candidate) -> str | None:
+    """The build's digest as old locks have it, where the source knows it."""
+    ask = getattr(source, "git_lfs_concat", None)
+    found: str | None = ask(candidate) if ask is not None else None
+    return found
+
+
+def check_old(source: Source, candidate: Candidate, build: LockedBuild) -> None:
+    """Compare a build with what an old lock pins of it.
+
+    Raises:
+        Refused: it is another.
+    """
+    if build.git_lfs_concat is None or candidate.source != "hub":  # a directory that stands in for it is the user's own doing
+        return
+    found = old_digest(source, candidate)
+    if found != build.git_lfs_concat:
+        this = f"this is sha256-{found}" if found is not None else "that of what is in the cache cannot be told"
+        raise Refused(
+            f"the lock states sha256-{build.git_lfs_concat} for {build.variant}, {this}",
+            asked=f"fetching {candidate.requirement} ({candidate.variant}) as locked",
+            todo="if the change is meant, write the lock anew; otherwise somebody changed what was published",
+        )
 
 
 def _differences(locked: dict[str, str], found: dict[str, str]) -> list[str]:
