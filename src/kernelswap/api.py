@@ -159,7 +159,7 @@ class Swapper(Provider):
                 found = tuple(replace(site, left_out=site.left_out or off) for site in found)
 
             def provide(text: str, device: str, kind: SiteKind) -> Implementation:
-                if text not in named and not hub and self._is_remote(text):
+                if text not in named and not hub and self.is_remote(text):
                     raise NotAsked("is on the hub, and nothing is fetched unless you ask: hub=True")
                 return self.provide(text, device, kind, terms=terms)
 
@@ -307,7 +307,10 @@ class Swapper(Provider):
         outcomes = self.plan(model, build="never")
         return f"not swapped; swap(model) would do this:\n{render.outcomes(outcomes, long=long)}"
 
-    def _is_remote(self, text: str) -> bool:
+    def is_remote(self, text: str) -> bool:
+        """Whether a kernel would have to be fetched, so that it is left alone unless somebody asks."""
+        if self.environment.bundle is not None:
+            return False
         requirement = spec.parse(text)
         return requirement.source == "hub" and requirement.name not in dict(self.environment.local_kernels)
 

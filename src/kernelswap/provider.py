@@ -19,27 +19,23 @@ from typing import Literal
 import platformdirs
 
 from . import build as building
-from . import layers, loader, render, spec
+from . import layers, loader, spec
 from . import machine as machines
 from . import metadata as metadata_file
 from . import policy as policies
 from .audit import Audit
 from .background import Background
 from .errors import (
-    BadMetadata,
     BuildFailed,
     KernelSwapError,
     LoadFailed,
-    MissingDependency,
-    NoVariant,
     SpecError,
     UnknownKernel,
-    Unsuited,
 )
 from .job import Job
 from .lock import Lock
 from .policy import Policy
-from .resolve import resolve
+from .resolve import no_variant, resolve
 from .sources import configured
 from .sources.bundle_file import Compiled
 from .sources.bundled import BundledSource
@@ -222,7 +218,7 @@ class Provider:
         Raises:
             BuildFailed: nothing can be compiled here, or the compiler reported errors.
         """
-        source = self._bundled()
+        source = self.bundled
         names = source.names() if source is not None else ()
         built, problems = [], []
         for name in names:
@@ -248,7 +244,7 @@ class Provider:
         return self._job.turn(requirement) if self._job is not None and requirement.source == "hub" else contextlib.nullcontext()
 
     def _resolve(self, requirement: Requirement, machine: Machine, device: str | None, *, agree: bool = False) -> Resolution:
-        source, job = self._source(requirement), self._job if agree and requirement.source == "hub" else None
+        source, job = self.source(requirement), self._job if agree and requirement.source == "hub" else None
         agreed = job.agreed(requirement) if job is not None else None
         if agreed is not None:
             found, notes = source.find(agreed)
@@ -261,7 +257,20 @@ class Provider:
         on = device if device is not None and device != "cpu" else None
         return resolve(requirement, candidates, machine, lambda c: _metadata(source, c), device=on, notes=notes)
 
-    def _source(self, requirement: Requirement) -> Source:
+    def metadata(self, candidate: Candidate) -> Metadata:
+        """What a build says about itself, from its source.
+
+        Raises:
+            BadMetadata: it does not parse; also what reading raises.
+        """
+        return _metadata(self.source(candidate.requirement), candidate)
+
+    def source(self, requirement: Requirement) -> Source:
+        """The source that a requirement names.
+
+        Raises:
+            UnknownKernel: there is none of that name.
+        """
         if requirement.source not in self.sources:
             raise UnknownKernel(
                 f"there is no source {requirement.source!r}; there is {', '.join(sorted(self.sources)) or 'none'}",
@@ -275,7 +284,7 @@ class Provider:
             if found.chosen is None and wanted.source == "bundled" and self._compiled(wanted, machine):
                 found = self._resolve(wanted, machine, device)
             if found.chosen is None:
-                raise _no_variant(found)
+                raise no_variant(found)
             return found
 
         return tree(find(requirement), find)
@@ -284,7 +293,7 @@ class Provider:
         below = tuple(self._artifact(child) for child in node.depends)
         chosen, metadata = node.resolution.chosen, node.resolution.metadata
         assert chosen is not None and metadata is not None  # noqa: PT018  # `_node` raised otherwise
-        source = self._source(node.resolution.requirement)
+        source = self.source(node.resolution.requirement)
         trust = self._terms.trust
         verifiers = [replace(v, trust=trust) if trust and isinstance(v, PublisherVerifier) else v for v in self.verifiers]
         return self.store.materialize(chosen, metadata, source, verifiers, below)
@@ -302,14 +311,16 @@ class Provider:
 
     # -- compiling what came with us
 
-    def _bundled(self) -> BundledSource | None:
+    @property
+    def bundled(self) -> BundledSource | None:
+        """The kernels that come with us, where they are a source."""
         source = self.sources.get("bundled")
         source = source.source if isinstance(source, Compiled) else source
         return source if isinstance(source, BundledSource) else None
 
     def _buildable(self, name: str, machine: Machine) -> tuple[Path, Machine, Path] | str | None:
         """What `build.compile` takes, or why not; `None` where there are no sources."""
-        source = self._bundled()
+        source = self.bundled
         if source is None:
             return None
         root = source.root / name
@@ -375,24 +386,3 @@ def _metadata(source: Source, candidate: Candidate) -> Metadata:
     data = source.read(candidate, "metadata.json")
     hint = f"{candidate.commit}/{candidate.variant}"
     return metadata_file.parse(data if data is not None else b"{}", package=candidate.name, path_hint=hint)
-
-
-def _no_variant(resolution: Resolution) -> KernelSwapError:
-    """Nothing fits. Where a build does by its name, the error is about what its metadata says of the best of those."""
-    judged = resolution.judged
-    if not judged:
-        head = next(iter(resolution.notes), "has no builds")
-    elif len(judged) == 1:
-        head = f"its only build, {judged[0].candidate.variant}, does not fit: {judged[0].rejected}"
-    else:
-        head = f"none of its {len(judged)} builds fits; the nearest, {judged[0].candidate.variant}: {judged[0].rejected}"
-    kind = next((_KINDS[j.because] for j in judged if j.because in _KINDS), NoVariant)
-    return kind("\n".join((head, *render.resolution(resolution).splitlines()[1:])), asked=f"looking for {resolution.requirement}")
-
-
-_KINDS: dict[str, type[KernelSwapError]] = {
-    "chip": Unsuited,
-    "packages": MissingDependency,
-    "unknown packages": BadMetadata,
-    "bad": BadMetadata,
-}

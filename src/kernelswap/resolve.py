@@ -9,8 +9,9 @@ import importlib.util
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
+from . import render
 from . import variant as variants
-from .errors import BadMetadata, KernelSwapError, NotCached
+from .errors import BadMetadata, KernelSwapError, MissingDependency, NotCached, NoVariant, Unsuited
 from .types import Candidate, Judged, Machine, Metadata, Requirement, Resolution
 
 LOADER = (0, 18, 2)
@@ -131,3 +132,24 @@ def _notes(metadata: Metadata | None) -> Iterable[str]:
 
 def _dotted(version: Sequence[int]) -> str:
     return ".".join(map(str, version))
+
+
+def no_variant(resolution: Resolution) -> KernelSwapError:
+    """Nothing fits. Where a build does by its name, the error is about what its metadata says of the best of those."""
+    judged = resolution.judged
+    if not judged:
+        head = next(iter(resolution.notes), "has no builds")
+    elif len(judged) == 1:
+        head = f"its only build, {judged[0].candidate.variant}, does not fit: {judged[0].rejected}"
+    else:
+        head = f"none of its {len(judged)} builds fits; the nearest, {judged[0].candidate.variant}: {judged[0].rejected}"
+    kind = next((_KINDS[j.because] for j in judged if j.because in _KINDS), NoVariant)
+    return kind("\n".join((head, *render.resolution(resolution).splitlines()[1:])), asked=f"looking for {resolution.requirement}")
+
+
+_KINDS: dict[str, type[KernelSwapError]] = {
+    "chip": Unsuited,
+    "packages": MissingDependency,
+    "unknown packages": BadMetadata,
+    "bad": BadMetadata,
+}

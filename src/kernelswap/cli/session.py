@@ -18,6 +18,10 @@ Cache = Annotated[
     Path | None, typer.Option("--cache", help="Where verified kernels are kept, instead of the user's cache.", metavar="DIR")
 ]
 Offline = Annotated[bool, typer.Option("--offline", help="Use what was fetched before; ask no server.")]
+Bundle = Annotated[
+    Path | None,
+    typer.Option("--bundle", help="Take kernels from this file of `kernelswap bundle`, and open no socket.", metavar="FILE"),
+]
 MachineText = Annotated[
     str | None,
     typer.Option("--machine", help="Another machine to answer for: torch=2.14,cuda=13.2,sm=120.", metavar="FACTS"),
@@ -25,12 +29,17 @@ MachineText = Annotated[
 
 
 def swapper(
-    *, cache: Path | None = None, offline: bool = False, machine: str | None = None, locked: Lock | None = None
+    *,
+    cache: Path | None = None,
+    offline: bool = False,
+    machine: str | None = None,
+    locked: Lock | None = None,
+    bundle: Path | None = None,
 ) -> Swapper:
     """A Swapper of this call's options. What `locked` names is found at its commit; what it does not name, as ever."""
     from ..api import Swapper
 
-    made = Swapper(cache=cache, offline=offline, machine=machine_of(machine))
+    made = Swapper(cache=cache, offline=offline, machine=machine_of(machine), bundle=bundle)
     if locked is not None and "hub" in made.sources:
         from ..sources.pinned import Pinned
 

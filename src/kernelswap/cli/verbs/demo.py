@@ -42,6 +42,7 @@ def command(
     ] = None,
     cache: session.Cache = None,
     offline: session.Offline = False,
+    bundle: session.Bundle = None,
     as_json: bool = False,
 ) -> Answer:
     """Swap a model's layers, measure both sides, show one table, undo, and prove that nothing is left.
@@ -65,10 +66,10 @@ def command(
         about = (
             subject.demo(device=on, dtype=dtype or "float32")
             if model is None
-            else subject.load(model, device=on, dtype=dtype or "auto", offline=offline)
+            else subject.load(model, device=on, dtype=dtype or "auto", offline=offline or bundle is not None)
         )
         report("making the model" if model is None else "loading the model", 1, 1)
-        swapper = session.swapper(cache=cache, offline=offline)
+        swapper = session.swapper(cache=cache, offline=offline, bundle=bundle)
         found = job.run(about, swapper.swap, device=on, new_tokens=tokens, seconds=seconds, progress=report)
     if plot is not None:
         picture.save(found, plot)

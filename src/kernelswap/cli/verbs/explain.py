@@ -54,6 +54,7 @@ def command(
     ] = 12.0,
     cache: session.Cache = None,
     offline: session.Offline = False,
+    bundle: session.Bundle = None,
     as_json: bool = False,
 ) -> Answer:
     """Say what would serve each kind of site in a model, and why the others stay as they are.
@@ -68,10 +69,10 @@ def command(
 
     with progress(quiet=as_json) as report:
         report("loading the model", 0, 0)
-        loaded = subject.load(model, device=where(device), dtype=dtype, offline=offline)
+        loaded = subject.load(model, device=where(device), dtype=dtype, offline=offline or bundle is not None)
         report("loading the model", 1, 1)
         options: dict[str, Any] = {"only": only, "skip": skip, "build": "wait", "progress": report}
-        swapper = session.swapper(cache=cache, offline=offline)
+        swapper = session.swapper(cache=cache, offline=offline, bundle=bundle)
         outcomes = swapper.plan(loaded.model, **options)
         if measure:
             from ...bench.observe import observe

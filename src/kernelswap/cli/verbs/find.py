@@ -20,6 +20,7 @@ def command(
     machine: session.MachineText = None,
     cache: session.Cache = None,
     offline: session.Offline = False,
+    bundle: session.Bundle = None,
 ) -> Answer:
     """Say which build of a kernel fits this machine (or another), and why each other does not.
 
@@ -27,7 +28,7 @@ def command(
     """
     from ... import render
 
-    resolution = session.swapper(cache=cache, offline=offline, machine=machine).find(spec)
+    resolution = session.swapper(cache=cache, offline=offline, bundle=bundle, machine=machine).find(spec)
     code = exits.OK if resolution.chosen is not None else exits.NO
 
     def text(out: Console) -> None:

@@ -18,12 +18,13 @@ def command(
     spec: Annotated[str, typer.Argument(help="[source://]name[@version]", metavar="SPEC")],
     cache: session.Cache = None,
     offline: session.Offline = False,
+    bundle: session.Bundle = None,
 ) -> Answer:
     """Fetch, verify and import a kernel; list its public names, its layers, and what it was verified by.
 
     Its code is run by the import, after it was verified.
     """
-    kernel = session.swapper(cache=cache, offline=offline).kernel(spec)
+    kernel = session.swapper(cache=cache, offline=offline, bundle=bundle).kernel(spec)
     artifact, metadata = kernel.artifact, kernel.artifact.metadata
     names = {name: _describe(value) for name, value in _public(kernel.module)}
     layers = {name: _describe(value) for name, value in _public(getattr(kernel.module, "layers", None))}

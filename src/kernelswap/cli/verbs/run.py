@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import runpy
 import sys
 from pathlib import Path
@@ -30,6 +31,7 @@ def command(
         Path | None,
         typer.Option("--lock", help="Have kernelswap.lock in this directory name every kernel that was loaded.", metavar="DIR"),
     ] = None,
+    bundle: session.Bundle = None,
 ) -> Answer:
     """Run a script unchanged, with kernelswap serving the kernels it asks for.
 
@@ -41,6 +43,8 @@ def command(
     if lock is not None and not lock.is_dir():
         raise KernelSwapError(f"there is no directory {lock}", todo="Name one that exists for --lock.")
     lock = lock.absolute() if lock is not None else None  # the script may change the working directory
+    if bundle is not None:
+        os.environ["KERNELSWAP_BUNDLE"] = str(bundle.absolute())  # for the processes that the script starts, too
     installed = _install()
     was_argv, was_path = list(sys.argv), list(sys.path)
     sys.argv[:] = [script, *(arguments or ())]
