@@ -17,6 +17,7 @@ import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from . import lock as locks
 from . import metadata as metadata_file
@@ -219,6 +220,18 @@ def fetch_all(source: Source, entry: Locked) -> list[str]:
         with tempfile.TemporaryDirectory() as folder:
             source.fetch(candidate, Path(folder))
     return [candidate.variant for candidate in candidates]
+
+
+def write_egg_lockfile(cmd: Any, basename: str, filename: str) -> None:
+    """For setuptools (`egg_info.writers`): a lock of the project goes into the metadata of what is built of it.
+
+    Args:
+        cmd: the running `egg_info` command; its working directory is the project's.
+        basename: `kernels.lock` or `kernelswap.lock`.
+        filename: where the metadata has it.
+    """
+    lock = Path(basename)
+    cmd.write_or_delete_file(basename, filename, lock.read_text(encoding="utf-8") if lock.is_file() else "")
 
 
 # -- the ones before ----------------------------------------------------------------------------------------------------

@@ -253,3 +253,42 @@ def test_what_is_locked_serves_a_model_at_its_commit_whatever_the_branch_says_no
         first, entries=tuple(replace(e, builds=(replace(e.builds[0], variant="torch-cuda"),)) for e in first.entries)
     )
     assert {b.variant for b in made(other_machine).find("org/demo").builds} == {"torch-cuda", "torch-cpu"}
+
+
+# -- in a package's metadata ---------------------------------------------------------------------------------------------
+
+
+def test_setuptools_takes_the_locks_of_a_project_into_its_metadata(tmp_path):
+    """As its `egg_info` command calls what `egg_info.writers` names; here with the entry points of pyproject.toml itself."""
+    pytest.importorskip("setuptools")
+    import os
+    import subprocess
+    import sys
+    from importlib.metadata import EntryPoint
+    from pathlib import Path
+
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    root = Path(__file__).parents[2]
+    writers = tomllib.loads((root / "pyproject.toml").read_text())["project"]["entry-points"]["egg_info.writers"]
+    assert set(writers) == {"kernels.lock", "kernelswap.lock"}
+    assert all(callable(EntryPoint(name, where, "egg_info.writers").load()) for name, where in writers.items())
+    # a distribution on the path that has these entry points, as kernelswap has once it is installed
+    info = tmp_path / "site" / "kernelswap_writers-1.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kernelswap-writers\nVersion: 1\n")
+    lines = "".join(f"{name} = {where}\n" for name, where in writers.items())
+    (info / "entry_points.txt").write_text(f"[egg_info.writers]\n{lines}")
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "setup.py").write_text("from setuptools import setup\nsetup(name='mine', version='1', py_modules=['mine'])\n")
+    (project / "mine.py").write_text("")
+    (project / "kernels.lock").write_text("[]\n")
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path / "site"), *(p for p in sys.path if p)])}
+    given = [sys.executable, "setup.py", "-q", "egg_info"]
+    done = subprocess.run(given, cwd=project, env=env, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (project / "mine.egg-info" / "kernels.lock").read_text() == "[]\n"
+    assert not (project / "mine.egg-info" / "kernelswap.lock").exists()
