@@ -22,7 +22,7 @@ locked_only = true
 
 
 def test_the_default_allows_what_is_here_and_whom_the_hub_or_the_call_vouches_for():
-    assert DEFAULT.sources == ("bundled", "dir", "local", "hub", "folder", "bundle")
+    assert DEFAULT.sources == ("bundled", "dir", "local", "installed", "hub", "folder", "bundle")
     assert DEFAULT.publishers == ("trusted", "named")
     assert not any((DEFAULT.require_digest, DEFAULT.require_signature, DEFAULT.no_native_code, DEFAULT.locked_only))
 

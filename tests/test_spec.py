@@ -152,7 +152,7 @@ BAD = [
     ("https://huggingface.co", "https://", "this is a URL", "write `org/name`"),
     ("hub2://org/repo", "hub2", "there is no source `hub2`", "did you mean `hub://`?"),
     ("HUB://org/repo", "HUB", "there is no source `HUB`", "did you mean `hub://`?"),
-    ("s3://bucket/x", "s3", "there is no source `s3`", "known: hub://, dir://, bundled://"),
+    ("s3://bucket/x", "s3", "there is no source `s3`", "known: hub://, dir://, bundled://, installed://"),
 ]
 
 

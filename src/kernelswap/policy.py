@@ -1,7 +1,7 @@
 """What may be loaded here: a policy file's text to a value. Pure.
 
     [policy]                                  # in kernelswap.toml; [tool.kernelswap.policy] in pyproject.toml
-    sources    = ["bundled", "dir", "local", "hub", "folder", "bundle"]
+    sources    = ["bundled", "dir", "local", "installed", "hub", "folder", "bundle"]
     publishers = ["trusted", "named", "my-org", "other-org/one-kernel"]
     digests    = ["<sha256 of a tree, hex>"]  # these artifacts and no others
     require_digest    = false                 # the build must publish digests of its files
@@ -31,7 +31,7 @@ else:
     import tomli as tomllib
 
 TRUSTED, NAMED = "trusted", "named"
-LOCAL_SOURCES = ("bundled", "dir", "local")
+LOCAL_SOURCES = ("bundled", "dir", "local", "installed")
 """Sources of what is on this machine already, by the user's own hand: nobody publishes it."""
 
 _SOURCE = re.compile(r"[a-z][a-z0-9+_-]{0,31}")

@@ -42,6 +42,7 @@ from .sources.bundled import BundledSource
 from .sources.dependencies import Node, tree
 from .sources.environment import Environment
 from .sources.hub_client import HubClient
+from .sources.installed import InstalledSource
 from .store import Store
 from .types import (
     Artifact,
@@ -63,7 +64,7 @@ from .verifiers.publisher import Publishers, PublisherVerifier
 from .verifiers.signature import SignatureVerifier
 
 Build = Literal["background", "wait", "never"]
-MEMOISED = {"hub", "bundled", "folder", "bundle"}
+MEMOISED = {"hub", "bundled", "folder", "bundle", "installed"}
 """Sources whose kernels do not change under their names while a process runs. A directory may be edited."""
 
 
@@ -363,8 +364,10 @@ def _policy() -> tuple[Policy, Lock | None]:
 def _sources(environment: Environment, progress: Progress, lock: Lock | None) -> dict[str, Source]:
     """In the order that the environment or the files of the project and of the user say."""
     order = configured.read(policy_files.project(Path.cwd()), platformdirs.user_config_path("kernelswap"))
-    bundled = BundledSource(Path(__file__).parent / "bundled", environment.cache / "built", building.source_digest)
-    return configured.make(environment, order, bundled, lock=lock, progress=progress)
+    ours = Path(__file__).parent / "bundled"
+    bundled = BundledSource(ours, environment.cache / "built", building.source_digest)
+    made = configured.make(environment, order, bundled, lock=lock, progress=progress)
+    return {**made, "installed": InstalledSource(ours / "installed")}
 
 
 def _verifiers(environment: Environment, source: Source | None, policy: Policy, lock: Lock | None) -> list[Verifier]:

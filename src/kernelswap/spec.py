@@ -21,7 +21,7 @@ from packaging.version import Version
 from .errors import SpecError
 from .types import Requirement
 
-SOURCES = ("hub", "dir", "bundled")
+SOURCES = ("hub", "dir", "bundled", "installed")
 BUNDLED = "kernelswap/"
 GRAMMAR = "[source://]name[@version][:Layer]"
 

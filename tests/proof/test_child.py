@@ -112,6 +112,8 @@ def test_which_kernels_meet_the_machine_in_a_child_first(tmp_path):
     bundled = artifact(tmp_path / "bundled", "", source="bundled")
     triton = artifact(tmp_path / "triton", "        import triton", native=False)
     assert [is_native(a) for a in (native, python, bundled, triton)] == [True, False, True, True]
+    installed = artifact(tmp_path / "installed", "", native=False, source="installed")
+    assert Contact("native", 1.0).wanted(installed), "what the package brings does not lie here"
     wanted = {c: [Contact(c, 1.0).wanted(a) for a in (native, python, bundled)] for c in ("native", "always", "never")}
     assert wanted == {"native": [True, False, False], "always": [True] * 3, "never": [False] * 3}
 

@@ -75,7 +75,8 @@ class Contact:
         compiler.
         """
         if self.contain == "native":
-            return artifact.candidate.source != "bundled" and is_native(artifact)
+            source = artifact.candidate.source
+            return source == "installed" or (source != "bundled" and is_native(artifact))  # a package brings code of its own
         return self.contain == "always"
 
     def first(
