@@ -43,6 +43,67 @@ def test_generate_with_dynamic_and_static_caches(qwen, installed):
     assert installed.applied(model).refusals == ()
 
 
+def test_generate_compiles_a_static_cache(qwen, installed):
+    """`generate` compiles the decoding step itself where it is told to; kernels that cannot be compiled give way in there."""
+    from transformers import CompileConfig
+
+    expected = plain().generate(PROMPT, max_new_tokens=6, do_sample=False)
+    config = CompileConfig(backend="aot_eager", fullgraph=False, dynamic=False, mode=None)
+    config._compile_all_devices = True  # else on accelerators only
+    for asked in ({"use_kernels": True}, {"kernel_config": {"RMSNorm": f"{LIGER}:Compiles"}}):
+        model = qwen(**asked)
+        more = {"cache_implementation": "static", "compile_config": config, "max_new_tokens": 6, "do_sample": False}
+        assert torch.equal(model.generate(PROMPT, **more), expected)
+        assert getattr(model, "_compiled_call", None) is not None or hasattr(model, "_last_compile_config")
+        assert serving(installed, model)["model.norm"]
+        torch._dynamo.reset()
+
+
+class Linear8bit(torch.nn.Linear):
+    """As quantisers do it: int8 weights under the name of the original's, a scale, and a forward that undoes it."""
+
+    def __init__(self, linear):
+        super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+        self.bias = linear.bias
+        scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
+        self.register_buffer("scale", scale)
+        self.weight = torch.nn.Parameter((linear.weight.detach() / scale).round().to(torch.int8), requires_grad=False)
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.weight.to(x.dtype) * self.scale, self.bias)
+
+
+READS_INSIDE = "from torch import nn\n\n\nclass Mlp(nn.Module):\n    def forward(self, x):\n        up = nn.functional.linear(x, self.up_proj.weight)\n        return self.down_proj(nn.functional.silu(self.gate_proj(x)) * up)\n"
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_linear_layers_that_a_quantiser_replaced_are_left_alone(qwen, installed, published, said, when):
+    published.repo("kernels-community/mlp").branch("v1", world.kernel("mlp", READS_INSIDE))
+    config = {"SwiGLUMLP": "kernels-community/mlp:Mlp"}
+
+    def quantise(model):
+        for module in list(model.modules()):
+            for name, child in list(module.named_children()):
+                if type(child) is torch.nn.Linear and name != "lm_head":
+                    setattr(module, name, Linear8bit(child))
+        return model
+
+    expected = logits(quantise(plain()))
+    model = qwen(kernel_config=config) if when == "after" else quantise(qwen())
+    if when == "after":
+        quantise(model)
+    else:
+        model.set_use_kernels(True, config)
+    linears = [m for m in model.modules() if isinstance(m, Linear8bit)]
+    assert len(linears) == 14
+    assert {type(m) for m in linears} == {Linear8bit}
+    close(logits(model), expected)
+    if when == "before":
+        assert serving(installed, model)["model.norm"] == "layers:RMSNorm"
+        assert serving(installed, model)["model.layers.0.mlp"] == "layers:SwiGLUMLP"  # it calls them
+        assert any("kernels-community/mlp" in line and "quantised" in line for line in said())
+
+
 def test_compiled_in_compile_mode(qwen, installed):
     model = qwen(kernel_config={"RMSNorm": f"{LIGER}:Compiles"})
     model.kernelize(mode=Mode.INFERENCE | Mode.TORCH_COMPILE)

@@ -236,6 +236,17 @@ def test_doctor_says_what_is_here_and_what_would_load(call, warm_cache):
     assert "KERNELSWAP_CACHE" in {line["name"] for line in data["environment"]}
 
 
+def test_doctor_says_of_kernels_that_are_named_whether_they_would_load(call, hub, repo, monkeypatch, warm_cache):
+    monkeypatch.setenv("HF_ENDPOINT", hub.url)
+    asked = {"kernelswap/attention": True, f"dir://{repo}": True, "org/none@2": False}
+    data = json.loads(call("doctor", f"dir://{repo}:Twice", "org/none@2:Layer", "--cache", warm_cache, "--json").out)
+    kernels = {line["name"]: line for line in data["kernels"]}
+    assert {name: kernels[name]["ok"] for name in asked} == asked
+    assert "torch-cpu would load" in kernels[f"dir://{repo}"]["value"]
+    assert "no such kernel repository" in kernels["org/none@2"]["value"]
+    assert "org/" in call("doctor", "org/", "--cache", warm_cache, code=exits.USAGE).err
+
+
 def test_doctor_fits_80_columns(call, warm_cache):
     lines = call("doctor", "--cache", warm_cache, "--offline").out.splitlines()
     table = lines[lines.index("versions") :]

@@ -141,18 +141,19 @@ def kernels(
     find: Callable[[str], Resolution],
     misfit: Callable[..., str | None],
     *,
+    also: Sequence[str] = (),
     hub_down: bool,
     compiles: bool,
     seconds: float,
 ) -> list[Line]:
-    """Every kernel that the table names, once: the build that would load here, or why none would.
+    """Every kernel that the table names, and those of `also`, once: the build that would load here, or why none would.
 
     `misfit(use, device, machine)` is `table.misfit`. With `hub_down` the hub is not asked again; `compiles`: there is a
     compiler for bundled sources.
     """
     device = machine.devices[0].type if machine.devices else "cpu"
     device = {"rocm": "cuda"}.get(device, device)
-    specs: dict[str, str | None] = {}  # without the layer -> why it is not for this device, None: it is
+    specs: dict[str, str | None] = dict.fromkeys(also)  # without the layer -> why it is not for this device, None: it is
     for row in rows:
         for use in row.use:
             name = use.spec.rsplit(":", 1)[0] if "://" not in use.spec else use.spec

@@ -17,20 +17,27 @@ if TYPE_CHECKING:
 PANEL = "This machine"
 
 
+ATTENTION = "kernelswap/attention"
+
+
 def command(
+    kernels: Annotated[
+        list[str] | None, typer.Argument(metavar="[KERNEL]...", help="Say it of these, too.", show_default=False)
+    ] = None,
     seconds: Annotated[float, typer.Option("--seconds", help="How long to wait for the hub.", min=0.1, metavar="S")] = 5.0,
     cache: session.Cache = None,
     offline: session.Offline = False,
     as_json: bool = False,
 ) -> Answer:
-    """Say what this machine has, and for every kernel of the default table whether it would load here, and why not.
+    """Say what this machine has, and for every kernel of the default table, and for those that you name, whether it would
+    load here, and why not.
 
     Backend, driver, versions, compiler, caches, the hub. Loads nothing and compiles nothing. Exit code 1: no bundled
     kernel can run here, neither as it is nor compiled.
     """
     with progress(quiet=as_json) as report:
         report("looking at this machine", 0, 0)
-        found = _look(seconds, cache, offline=offline)
+        found = _look(kernels or [], seconds, cache, offline=offline)
         report("looking at this machine", 1, 1)
     able = any(line["ok"] is not False for line in found["kernels"] if line["name"].startswith("kernelswap/"))
 
@@ -40,11 +47,12 @@ def command(
     return Answer(found, text, exits.OK if able else exits.NO)
 
 
-def _look(seconds: float, cache: Any, *, offline: bool) -> dict[str, Any]:
-    from ... import build, machine, render, table
+def _look(asked: list[str], seconds: float, cache: Any, *, offline: bool) -> dict[str, Any]:
+    from ... import build, machine, render, spec, table
     from ...sources.environment import Environment
     from .. import health
 
+    also = [text.removesuffix(f":{spec.parse(text).layer}") for text in (ATTENTION, *asked)]
     environment = Environment.read(os.environ)
     offline = offline or environment.offline
     here = machine.look()
@@ -65,6 +73,7 @@ def _look(seconds: float, cache: Any, *, offline: bool) -> dict[str, Any]:
             here,
             swapper.find,
             table.misfit,
+            also=also,
             hub_down=hub.ok is False,
             compiles=build.compiler() is not None,
             seconds=4 * seconds,
