@@ -175,6 +175,39 @@ def test_what_fallback_does_not_cover_is_raised_and_the_model_is_as_it_was(kerne
         kernels.kernelize(model, mode=mode.TRAINING, use_fallback=False)
 
 
+def test_a_layer_that_is_registered_for_no_device_is_a_layer_without_a_device(kernels, norm):
+    fallback, mode = kernels.KernelizeFallback, kernels.Mode.INFERENCE
+    with kernels.use_kernel_mapping({"RMSNorm": {}}, inherit_mapping=False):
+        assert kernels.kernelize(norm(), mode=mode, use_fallback=fallback.NO_DEVICE)
+        with pytest.raises(ValueError, match="with device type `cpu`"):
+            kernels.kernelize(norm(), mode=mode, use_fallback=fallback.NO_LAYER)
+
+
+def test_only_the_best_registered_mode_is_looked_at_and_fetched(kernels, norm, repo, hub):
+    """A worse one may be registered for what it cannot do, or be nowhere: that is found out when it is needed."""
+    published(hub, "org/other")
+    mode = kernels.Mode
+    other = kernels.LayerRepository("org/other", layer_name="InferenceOnly", version=1)
+    nowhere = kernels.LayerRepository("org/nowhere", layer_name="RMSNorm", version=1)
+    kernels.register_kernel_mapping({"RMSNorm": {"cpu": {mode.INFERENCE: repo(), mode.TRAINING: other, mode.FALLBACK: nowhere}}})
+    model = kernels.kernelize(norm(), mode=mode.INFERENCE, use_fallback=False)
+    assert served(model) == [""]
+    asked = [str(request) for request in hub.requests()]
+    assert any("org/demo" in request for request in asked)
+    assert not any("org/other" in request or "org/nowhere" in request for request in asked)
+    with pytest.raises(ValueError, match="does not support backward"):
+        kernels.kernelize(norm(), mode=mode.TRAINING)
+
+
+def test_where_the_best_one_computes_something_else_the_next_serves(kernels, norm, repo):
+    mode = kernels.Mode
+    kernels.register_kernel_mapping({"RMSNorm": {"cpu": {mode.INFERENCE: repo("Wrong"), mode.TRAINING: repo()}}})
+    model, x = norm(), torch.randn(3, 8)
+    before = model(x)
+    assert served(kernels.kernelize(model, mode=mode.INFERENCE)) == [""]
+    torch.testing.assert_close(model(x), before)
+
+
 def test_registering_for_what_a_kernel_cannot_do_is_an_error(kernels, norm, repo):
     kernels.register_kernel_mapping({"RMSNorm": {"cpu": {kernels.Mode.TRAINING: repo("InferenceOnly")}}})
     with pytest.raises(ValueError, match="does not support backward"):

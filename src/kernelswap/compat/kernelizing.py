@@ -173,7 +173,7 @@ class _Planner:
         if self.only is not None and kind != self.only:
             return ()
         by_device = self.registered.get(site.layer)
-        if not by_device:
+        if by_device is None:
             return self.lacks(KernelizeFallback.NO_LAYER, f"No layer mapping for `{site.layer}`")
         of_type = {device: by_mode for device, by_mode in by_device.items() if device.type == kind}
         if not of_type:
@@ -193,6 +193,11 @@ class _Planner:
             repository = by_mode[registered]
             if repository is None:
                 return tuple(uses)
+            if uses:  # looked at, and fetched, only where the better one turns out to compute something else
+                if type(repository).check is Repository.check:  # not one whose lock is to be compared first
+                    self.trust += [name for name in repository.trust if name not in self.trust]
+                    uses.append(Use(repository.spec, on=(on,)))
+                continue
             why = self.cannot(repository, registered, site)
             if why is None:
                 uses.append(Use(repository.spec, on=(on,)))

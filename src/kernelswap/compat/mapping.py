@@ -46,6 +46,7 @@ def register_kernel_mapping(mapping: Mapping[str, Any], inherit_mapping: bool = 
     if not inherit_mapping:
         registered.clear()
     for layer, by_device in read.items():
+        registered.setdefault(layer, {})
         for device, by_mode in by_device.items():
             registered.setdefault(layer, {}).setdefault(device, {}).update(by_mode)
 
@@ -65,6 +66,7 @@ def use_kernel_mapping(mapping: Mapping[str, Any], *, inherit_mapping: bool = Tr
 def _read(mapping: Mapping[str, Any]) -> Registered:
     found: Registered = {}
     for layer, by_device in mapping.items():
+        found.setdefault(layer, {})
         for device, value in by_device.items():
             by_mode = value if isinstance(value, Mapping) else {Mode.FALLBACK: value}
             entries = {modes.check(mode): _repository(one) for mode, one in by_mode.items()}
