@@ -14,7 +14,7 @@ ROWS = [
     {"machine", "store", "loader", "sites", "build", "background", "audit", "job", "locking"},
     {"plan", "apply", "proof", "provider"},
     {"api"},
-    {"adapters", "compat", "bench", "serve", "bundling", "verifying"},
+    {"adapters", "compat", "bench", "forecast", "serve", "bundling", "verifying"},
     {"takeover"},
     {"transformers"},
     {"cli"},

@@ -26,6 +26,12 @@ MachineText = Annotated[
     str | None,
     typer.Option("--machine", help="Another machine to answer for: torch=2.14,cuda=13.2,sm=120.", metavar="FACTS"),
 ]
+Use = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--use", help="A kernel of your own for a layer: RMSNorm=dir:///path:RMSNorm. Repeatable.", metavar="LAYER=SPEC"
+    ),
+]
 
 
 def swapper(

@@ -40,12 +40,7 @@ def command(
     dtype: Dtype = "auto",
     only: Only = None,
     skip: Skip = None,
-    use: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--use", help="A kernel of your own for a layer: RMSNorm=dir:///path:RMSNorm. Repeatable.", metavar="LAYER=SPEC"
-        ),
-    ] = None,
+    use: session.Use = None,
     export: Annotated[
         Path | None,
         typer.Option("--export", help="Write the verdicts of these kernels, to go with a lock.", metavar="FILE"),

