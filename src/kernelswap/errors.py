@@ -5,6 +5,8 @@
   - TableError        a table, config or policy file is wrong              caller
   - ModeError         the combination of modes means nothing               caller
   - UnknownKernel     no source knows this name, version or layer          caller
+  - NotOnHub          the same, of a hub: no such repository or revision   caller
+  - NoDirectory       the same, of a directory                             caller
   - PlanConflict      two rows claim one site                              caller
   - UndoConflict      someone wrapped the module after we did              caller
   - Required          `require=` named a swap that did not happen          caller
@@ -85,6 +87,14 @@ class ModeError(KernelSwapError, ValueError):
 
 class UnknownKernel(KernelSwapError, ValueError, LookupError):
     """No source knows this name, version or layer."""
+
+
+class NotOnHub(UnknownKernel, OSError):
+    """A hub has no such repository, or not at this revision; an OSError, as the hub's own client raises."""
+
+
+class NoDirectory(UnknownKernel, FileNotFoundError):
+    """There is no directory of that name."""
 
 
 class PlanConflict(KernelSwapError, ValueError):

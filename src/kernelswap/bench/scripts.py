@@ -12,7 +12,7 @@ import logging
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
@@ -127,7 +127,8 @@ def measure(
             progress("measuring", number, len(todo))
         empty = Workload(Path(script.__file__ or script.__name__).name, cls.__name__, name)
         try:
-            done.append(_measure(empty, cls, kernel, asked))
+            with torch.cuda.device(asked.device) if asked.device.startswith("cuda:") else nullcontext():
+                done.append(_measure(empty, cls, kernel, asked))
         except Exception as e:  # noqa: BLE001  # whatever it raises, the others go on
             done.append(replace(empty, failed=_line(e)))
     if progress is not None:

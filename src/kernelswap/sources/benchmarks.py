@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..errors import UnknownKernel
 from ..types import Candidate, Source
+from .chain import Chain
 from .directory import DirectorySource
 from .files import copy, listing
 from .hub import HubSource
@@ -24,8 +25,10 @@ def fetch(source: Source, candidate: Candidate, into: Path) -> tuple[Path, ...]:
         UnknownKernel: the repository has none.
         Refused: links or paths that lead out of it. Also what `Source.fetch` raises.
     """
-    while isinstance(source, Overrides | Pinned):
-        if isinstance(source, Overrides) and candidate.source == source.key:
+    while isinstance(source, Overrides | Pinned | Chain):
+        if isinstance(source, Chain):
+            source = source.of(candidate)
+        elif isinstance(source, Overrides) and candidate.source == source.key:
             source = DirectorySource(source.key)
         else:
             source = source.source

@@ -14,6 +14,7 @@ from typing import TypeVar
 from ..errors import KernelSwapError, NotCached, UnknownKernel, Unreachable
 from ..types import Candidate, Requirement, Source
 from .deadline import within
+from .pinned import old_digest
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -73,8 +74,12 @@ class Chain:
 
         self._delivered(candidate, fetch)
 
+    def git_lfs_concat(self, candidate: Candidate) -> str | None:
+        """As the source that found the candidate has it."""
+        return old_digest(self.of(candidate), candidate)
+
     def _delivered(self, candidate: Candidate, ask: Callable[[Source, Candidate], T]) -> T:
-        first = self._of(candidate)
+        first = self.of(candidate)
         try:
             return ask(first, candidate)
         except (Unreachable, NotCached) as e:
@@ -100,7 +105,7 @@ class Chain:
                     if (same.name, same.commit, same.variant) == (candidate.name, candidate.commit, candidate.variant):
                         yield source, replace(same, requirement=candidate.requirement)
 
-    def _of(self, candidate: Candidate) -> Source:
+    def of(self, candidate: Candidate) -> Source:
         """The finder; for a candidate of another process (a lock, a pickle), the source with its key."""
         if candidate in self._origin:
             return self._origin[candidate]

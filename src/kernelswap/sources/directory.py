@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from .. import spec
-from ..errors import UnknownKernel
+from ..errors import NoDirectory, UnknownKernel
 from ..types import Candidate, Requirement
 from .files import METADATA, Fingerprints, beside, check_copy, copy, is_variant, listing, read_small
 
@@ -119,12 +119,12 @@ def _absolute(name: str) -> Path:
     return Path(name).expanduser().absolute()
 
 
-def _missing(requirement: Requirement, root: Path) -> UnknownKernel:
+def _missing(requirement: Requirement, root: Path) -> NoDirectory:
     near: Iterable[str] = ()
     if root.parent.is_dir():
         near = difflib.get_close_matches(root.name, [p.name for p in root.parent.iterdir() if p.is_dir()], n=1)
     hints = [f"did you mean {root.parent / name}?" for name in near]
-    return UnknownKernel(
+    return NoDirectory(
         f"there is no directory {root}",
         asked=f"looking for {requirement}",
         todo=next(iter(hints), "name an existing directory; a relative one is seen from where the process runs"),

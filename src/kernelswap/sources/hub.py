@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from .. import strict
-from ..errors import BadMetadata, KernelSwapError, NotCached, Refused, UnknownKernel, Unreachable
+from ..errors import BadMetadata, KernelSwapError, NotCached, NotOnHub, Refused, UnknownKernel, Unreachable
 from ..types import Candidate, Progress, Requirement
 from . import hub_cache
 from .environment import DEFAULT_ENDPOINT
@@ -296,5 +296,5 @@ def _for(requirement: Requirement, error: KernelSwapError) -> KernelSwapError:
     asked = f"looking for {requirement}"
     if (error.asked or "").startswith(asked):
         return error
-    kind = next(k for k in (UnknownKernel, Unreachable, NotCached) if isinstance(error, k))
+    kind = next(k for k in (NotOnHub, UnknownKernel, Unreachable, NotCached) if isinstance(error, k))
     return kind(error.found, asked=asked, todo=error.todo)

@@ -20,7 +20,7 @@ from typing import Any, TypeVar, cast
 from urllib.parse import quote
 
 from .._version import __version__
-from ..errors import KernelSwapError, NotCached, StoreError, UnknownKernel, Unreachable
+from ..errors import KernelSwapError, NotCached, NotOnHub, StoreError, UnknownKernel, Unreachable
 from . import wire
 from .deadline import within
 from .environment import DEFAULT_ENDPOINT
@@ -38,7 +38,7 @@ _DISK = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, getattr(errno, "E
 T = TypeVar("T")
 
 
-class NoSuchRevision(UnknownKernel):
+class NoSuchRevision(NotOnHub):
     """The repository is there, the revision is not."""
 
 
@@ -260,9 +260,7 @@ class HubClient:
             ) from e
         except errors.RepositoryNotFoundError as e:
             todo = "check the name; a private one needs a token (HF_TOKEN, or `hf auth login`)"
-            raise UnknownKernel(
-                f"{self._who} has no such kernel repository, or not for this account", asked=asked, todo=todo
-            ) from e
+            raise NotOnHub(f"{self._who} has no such kernel repository, or not for this account", asked=asked, todo=todo) from e
         except errors.LocalEntryNotFoundError as e:  # nor in its cache: what the hub answered instead is the cause
             if isinstance(e.__cause__, errors.HfHubHTTPError):
                 raise self._status(e.__cause__, asked) from e

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .. import spec
-from ..errors import KernelSwapError, NotCached, UnknownKernel, Unreachable
+from ..errors import KernelSwapError, NotCached, NotOnHub, UnknownKernel, Unreachable
 from ..types import Requirement
 from .hub_cache import CachedRepo, Listing, Refs
 from .hub_client import Busy, HubClient, NoSuchRevision
@@ -126,7 +126,7 @@ class HubIndex:
             try:
                 listing = self.client.listing(name, commit, tries=1 if here else 3)
             except NoSuchRevision as e:
-                raise UnknownKernel(f"{name} has no commit {commit}", asked=f"looking for {asked}", todo="check it") from e
+                raise NotOnHub(f"{name} has no commit {commit}", asked=f"looking for {asked}", todo="check it") from e
             except (Unreachable, NotCached) as e:
                 self._failed(e)
                 if not here:
@@ -211,7 +211,8 @@ class HubIndex:
         names = versions if asked.version is not None else [*versions, *sorted({*refs.branches, *refs.tags} - set(versions))]
         near = difflib.get_close_matches(asked.revision or "", names, n=1)
         more = f", and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-        return UnknownKernel(
+        kind = NotOnHub if asked.revision is not None else UnknownKernel
+        return kind(
             f"{asked.name} has {', '.join(names[:_SHOWN]) or 'no versions'}{more}",
             asked=f"looking for {asked}",
             todo=f"did you mean {near[0]}?" if near else "ask for one of these",

@@ -103,7 +103,7 @@ def check_old(source: Source, candidate: Candidate, build: LockedBuild) -> None:
     Raises:
         Refused: it is another.
     """
-    if build.git_lfs_concat is None or candidate.source != "hub":  # a directory that stands in for it is the user's own doing
+    if build.git_lfs_concat is None or candidate.source == "local":  # a directory that stands in for it is the user's own doing
         return
     found = old_digest(source, candidate)
     if found != build.git_lfs_concat:

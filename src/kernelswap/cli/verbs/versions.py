@@ -20,12 +20,13 @@ def command(
     offline: session.Offline = False,
 ) -> Answer:
     """List the versions of a kernel on the hub, newest last, with the build that would run here, or why none would."""
+    from ...sources import configured
+
     swapper = session.swapper(cache=cache, offline=offline, machine=machine)
     source = swapper.sources["hub"]
-    source = getattr(source, "source", source)  # LOCAL_KERNELS stands in for it when loading; versions are the hub's
-    refs: Any = getattr(source, "refs", None)
+    refs: Any = getattr(configured.hub_of(source), "refs", None)  # also behind LOCAL_KERNELS, a lock, or mirrors
     if refs is None:
-        raise KernelSwapError(f"{type(source).__name__} has no versions to list")
+        raise KernelSwapError(f"{type(source).__name__} has no versions to list", todo="`kernelswap find NAME` says what it has")
     rows: list[dict[str, Any]] = []
     for version in sorted(refs(name).versions()):
         found = swapper.find(f"{name}@{version}")
