@@ -160,3 +160,17 @@ def test_parameters_of_tiny_share_are_judged_by_the_usual_row():
     kernel[8] *= 1.5
     assert compare(kernel, original, reference, gradient=True).wrong is not None
     assert compare(kernel, original, reference, gradient=True, level=1.0).wrong is None
+
+
+def test_a_row_whose_right_answer_is_as_good_as_zero_is_judged_and_its_relative_error_not_told():
+    """A constant row through a LayerNorm without weights: the rounding that is left there is infinitely large beside it."""
+    reference, original = generic(torch.float32)
+    reference[3], reference[4] = 0.0, 1e-17
+    original[3], original[4] = 1e-9, -1e-9
+    found = compare(original, original, reference)
+    assert found.wrong is None
+    assert found.original < 1e-5
+    assert found.kernel < 1e-5
+    kernel = original.clone()
+    kernel[3, 5] = 0.5
+    assert "[3, 5]" in compare(kernel, original, reference).wrong
