@@ -171,6 +171,7 @@ def test_a_row_whose_right_answer_is_as_good_as_zero_is_judged_and_its_relative_
     assert found.wrong is None
     assert found.original < 1e-5
     assert found.kernel < 1e-5
+    assert compare(original[4:5], original[4:5], reference[4:5]).original == 0  # also where there is nothing else
     kernel = original.clone()
     kernel[3, 5] = 0.5
     assert "[3, 5]" in compare(kernel, original, reference).wrong

@@ -109,10 +109,8 @@ def compare(
     do = _difference(o, r, fine & o.isfinite(), limits.flush)
     s = torch.zeros_like(r) if moved is None else _difference(_rows(moved, shape, rows).nan_to_num(), r, fine, 0.0)
     ek, eo, es = _errors((dk, do, s), r, limits.share, level)
-    largest = r.abs().amax(-1)
-    told = (
-        largest > limits.unit * largest.amax()
-    )  # beside a reference that is as good as zero any error is huge: judged, not told
+    largest = r.abs().amax(-1)  # beside a reference that is as good as zero any error is huge: judged, not told
+    told = (largest > limits.unit * largest.amax()) & (largest > do.amax(-1))
     worst_original, worst_kernel = (float(e[0][told].amax()) if bool(told.any()) else 0.0 for e in (eo, ek))
     if gradient:
         slack *= SUMS
