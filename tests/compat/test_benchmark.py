@@ -158,6 +158,19 @@ def test_without_benchmarks_it_says_so(cli, hub):
     assert "has no benchmarks/benchmark*.py" in said["error"]["found"]
 
 
+def test_a_script_that_cannot_be_imported_or_ends_the_process_is_the_kernels_fault(cli, hub):
+    for script in ("import nothing_of_that_name", "raise SystemExit(0)"):
+        publish(hub, script)
+        code, said = cli("benchmark", "org/demo@1", "--iterations", "1")
+        assert code == 6
+        assert "benchmark_demo.py" in said["error"]["asked"]
+    ends = WRONG.replace("self.kernel.nothing()", "raise SystemExit(0)")
+    publish(hub, ends)
+    assert cli("benchmark", "org/demo@1", "--iterations", "1", "--no-compile")[1]["workloads"][1]["failed"].startswith(
+        "SystemExit"
+    )
+
+
 def test_where_the_policy_asks_for_digests_scripts_without_one_are_not_run(cli, hub, tmp_path):
     publish(hub, "raise SystemExit('it was run')")
     (tmp_path / "kernelswap.toml").write_text("[policy]\nrequire_digest = true\n")

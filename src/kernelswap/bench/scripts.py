@@ -88,7 +88,7 @@ def modules(files: Sequence[Path]) -> Iterator[list[ModuleType]]:
             module = sys.modules[name] = importlib.util.module_from_spec(spec)
             try:
                 spec.loader.exec_module(module)
-            except Exception as e:
+            except (Exception, SystemExit) as e:
                 raise LoadFailed(f"it raised {type(e).__name__}: {e}", asked=f"importing {file.name}") from e
             found.append(module)
         yield found
@@ -129,7 +129,7 @@ def measure(
         try:
             with torch.cuda.device(asked.device) if asked.device.startswith("cuda:") else nullcontext():
                 done.append(_measure(empty, cls, kernel, asked))
-        except Exception as e:  # noqa: BLE001  # whatever it raises, the others go on
+        except (Exception, SystemExit) as e:  # noqa: BLE001  # whatever it raises, the others go on
             done.append(replace(empty, failed=_line(e)))
     if progress is not None:
         progress("measuring", len(todo), len(todo))
