@@ -62,6 +62,26 @@ class GeluMul(nn.Module):
         return nn.functional.gelu(gate, approximate="tanh") * up
 
 
+class Halves(nn.Module):
+    """What diffusers' GEGLU and SwiGLU do behind their projection."""
+
+    def __init__(self, act):
+        super().__init__()
+        self.act = act
+
+    def forward(self, x):
+        half, gate = x.chunk(2, -1)
+        return half * self.act(gate)
+
+
+def halves(functional, act):
+    def ours(x):
+        half, gate = x.chunk(2, -1)
+        return functional.act_mul(gate, half, act)
+
+    return ours
+
+
 class Rotary(nn.Module):
     def forward(self, q, k, cos, sin):
         return apply_rotary_pos_emb(q, k, cos, sin)
@@ -81,6 +101,9 @@ def cases(kernel, rows, n, dtype):
     yield module("layer_norm", nn.LayerNorm(n), layers.LayerNorm)
     yield "silu_mul", SiluMul(), lambda gate, up: functional.act_mul(gate, up, "silu"), (x, y), 2, 1
     yield "gelu_tanh_mul", GeluMul(), lambda gate, up: functional.act_mul(gate, up, "gelu_tanh"), (x, y), 2, 1
+    both = torch.randn(rows, 2 * n, dtype=dtype)
+    yield "geglu_halves", Halves(nn.functional.gelu), halves(functional, "gelu"), (both,), 2, 1
+    yield "swiglu_halves", Halves(nn.functional.silu), halves(functional, "silu"), (both,), 2, 1
     yield module("silu", nn.SiLU(), layers.SiLU)
     yield module("gelu", nn.GELU(), layers.GELU)
     yield module("gelu_tanh", nn.GELU(approximate="tanh"), layers.GELUTanh)
