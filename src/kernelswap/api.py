@@ -109,7 +109,7 @@ class Swapper(Provider):
                 verdicts, bundle = Verdicts(self.environment.cache / "verdicts"), bundle_of(self.sources.get("hub"))
                 if bundle is not None:
                     verdicts.lend(bundle.about.verdicts)
-                self._prover = Check(verdicts, self.machine)
+                self._prover = Check(verdicts, self.machine, traced=True)
             return self._prover
 
     def plan(  # noqa: PLR0913  # what a user may want, each under its name

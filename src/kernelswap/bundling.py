@@ -180,7 +180,7 @@ class _Packing:
         assert model is not None
         with tempfile.TemporaryDirectory() as folder:
             verdicts = Verdicts(Path(folder) / "verdicts", key=Path(folder) / "key")
-            check = Check(verdicts, machine)
+            check = Check(verdicts, machine, traced=True)
             try:
                 swapper = self._like(machine=machine, prover=check)
                 with swapper.swap(model, hub=self.wanted.hub, build="wait", trust=self.terms.trust, progress=self.terms.progress):

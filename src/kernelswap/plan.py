@@ -239,6 +239,8 @@ class _Planner:
         if why is not None:
             return _Passed(TRIED, use.spec, why)
         verdict = self.prove(fitted, site, module, original, run)
+        if dict(verdict.details).get("compiled", "").startswith("no: "):
+            fitted = replace(fitted, compiles=False)  # whatever it says of itself: compiled code gets the original
         return (fitted, verdict) if verdict.accepted else _Passed(TRIED, use.spec, verdict.reason)
 
     def implementation(self, spec: str, site: Site) -> Implementation | _Passed:

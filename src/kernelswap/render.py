@@ -358,6 +358,8 @@ def _verdict(v: Verdict) -> str:
         parts.append(f"error {v.error_kernel:.1e}, original {v.error_original:.1e}")
     if v.seconds_original is not None and v.seconds_kernel is not None:
         parts.append(f"{seconds(v.seconds_kernel)}, original {seconds(v.seconds_original)}")
+    if (traced := dict(v.details).get("compiled", "")).startswith("no: "):
+        parts.append(f"not under torch.compile, where the original serves: {traced.removeprefix('no: ')}")
     return ("checked: " if v.accepted else "refused: ") + "; ".join(parts)
 
 

@@ -110,7 +110,7 @@ def test_the_tree_opens_and_closes(show):
     tab.get_by_role("button", name="Close 0", exact=True).click()
     assert not any("self_attn" in n for n in names(tab))
     folded = tab.locator(".tree tr", has_text="Qwen3DecoderLayer").first
-    assert "4 kernel" in folded.inner_text()
+    assert "4 kernels" in folded.inner_text()
     assert "2 refused" in folded.inner_text()
     tab.get_by_role("button", name="Open 0", exact=True).click()
     assert names(tab) == before

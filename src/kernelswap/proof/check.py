@@ -40,6 +40,9 @@ class Check:
         contain: which kernels meet this machine in a child process first: `native` (those that bring compiled code or
             Triton and did not ship with kernelswap), `always`, `never`.
         time_limit: seconds that the child may take for one kernel; Triton compiles within.
+        traced: kernels that say that they compile, and did not ship with kernelswap, are held against the original under
+            `torch.compile` even where nobody asked for it: a user may compile later. One that differs only there is accepted,
+            and the detail `compiled` begins with `no: `.
         backend: what `torch.compile` is asked to use when a run is compiled. The default traces as every other does and is
             quick; `inductor` also tests the code that it generates.
         seed: of the random tensors.
@@ -53,10 +56,12 @@ class Check:
         mode: str = "first-use",
         contain: Contain = "native",
         time_limit: float = 120.0,
+        traced: bool = False,
         backend: str = "aot_eager",
         seed: int = 0,
     ) -> None:
         self.store, self.machine, self.mode, self.backend, self.seed = store, machine, mode, backend, seed
+        self.traced = traced
         self.contact = Contact(contain, time_limit)
         self._memo: dict[tuple[Any, ...], Verdict] = {}
         self._lock = threading.RLock()
@@ -117,6 +122,7 @@ class Check:
             str(dtype),
             place,
             (run.training, run.compiled, self.backend if run.compiled else ""),
+            self._asks_for_traces(candidate, run),
         )
         with self._lock:
             known = self._known(parts)
@@ -153,7 +159,27 @@ class Check:
         if not errors.cases:
             why = skipped or f"the recipe {subject.site.row.probe!r} finds no sizes in {subject.site.target}"
             return Verdict(accepted=False, reason=f"there is no way to test it: {why}"), not skipped
+        if self._asks_for_traces(candidate, run):
+            errors.compiled = self._under_trace(subject, run, pairs, errors)
         return accepted(errors), True
+
+    def _asks_for_traces(self, candidate: Implementation, run: Run) -> bool:
+        """Whether to compare under `torch.compile` as well, though the run is not compiled."""
+        ours = candidate.origin.candidate.source in {"bundled", "torch"}
+        return self.traced and candidate.compiles and not run.compiled and not ours
+
+    def _under_trace(self, subject: Subject, run: Run, pairs: _Pairs, errors: trial.Errors) -> str:
+        """What came of it, in words; `no: ...` where the kernel does not do under `torch.compile` what it does without."""
+        case = next((c for c in inputs.RECIPES[subject.site.row.probe](subject) if c.thorough), None)
+        if case is None:
+            return ""
+        try:
+            trial.traced(pairs(case.centre), case, trial.wants(case, training=run.training)[0], errors, self.backend)
+        except trial.Skip:
+            return ""
+        except Differs as e:
+            return f"no: {e}"
+        return errors.compiled
 
     def _survives(self, subject: Subject, candidate: Implementation, run: Run, pairs: _Pairs) -> str | None:
         """Why the kernel took a child process down with it, or `None`. Asked once per kernel, layer and machine."""

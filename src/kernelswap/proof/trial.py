@@ -88,6 +88,16 @@ def examine(pair: Pair, case: Case, errors: Errors, *, wants: Sequence[Want | No
     errors.cases += 1
 
 
+def traced(pair: Pair, case: Case, want: Want | None, errors: Errors, backend: str) -> None:
+    """The kernel under `torch.compile`, for one case that it is known to do right without.
+
+    Raises:
+        Differs, Skip: as `examine`.
+    """
+    _One(pair, case, want, errors).compiled(backend)
+    pair.intact()
+
+
 def wants(case: Case, *, training: bool) -> list[Want | None]:
     """What to ask of a case: only the output for inference; in training also gradients, in all the ways they are asked for."""
     if not training or not case.differentiable:

@@ -183,18 +183,15 @@ def _kernels(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
     """Every build that serves, with what it serves; those it depends on are named."""
     found: dict[str, dict[str, Any]] = {}
     for outcome in outcomes:
-        used: set[str] = set()
-        for choice in _choices(outcome):
-            if choice.implementation is None:
-                continue
-            origin: Artifact = choice.implementation.origin
+        served = {k for c in _choices(outcome) if c.implementation is not None for k in c.implementation.kernels}
+        for kernel in sorted(served, key=lambda k: k.layer):
+            origin: Artifact = kernel.origin
             entry = found.setdefault(
                 origin.digest,
                 {**render.artifact_json(origin), "depends": [d.candidate.name for d in origin.depends], "layers": [], "sites": 0},
             )
-            if choice.implementation.layer not in entry["layers"]:
-                entry["layers"].append(choice.implementation.layer)
-            used.add(origin.digest)
-        for digest in used:
+            if kernel.layer not in entry["layers"]:
+                entry["layers"].append(kernel.layer)
+        for digest in {k.origin.digest for k in served}:
             found[digest]["sites"] += 1
     return list(found.values())

@@ -119,7 +119,7 @@
     const sum = { kernel: 0, original: 0, refused: 0 };
     const walk = (n) => { if (n.outcome) sum[state(n)]++; n.children.forEach(walk); };
     node.children.forEach(walk);
-    return Object.entries(sum).filter(([, n]) => n).map(([what, n]) => n + " " + what).join(", ");
+    return Object.entries(sum).filter(([, n]) => n).map(([what, n]) => n + " " + what + (n > 1 && what !== "refused" ? "s" : "")).join(", ");
   };
 
   // -- drawing
@@ -184,6 +184,8 @@
 
   const list = (pairs) => element("dl", {}, ...pairs.filter(([, v]) => v !== null && v !== undefined && v !== "").flatMap(([k, v]) => [element("dt", {}, k), element("dd", {}, v)]));
 
+  // Of what a verdict holds for, the rest stands in the lines around it.
+  const said = new Set(["kernel", "build", "digest", "original", "layer", "dtype", "mode", "machine"]);
   const side = (title, c) => {
     const i = c.implementation, v = c.verdict;
     return element("div", {}, element("h4", {}, title), list([
@@ -193,7 +195,8 @@
       ["digest", i ? element("code", { title: i.digest }, i.digest.slice(0, 12)) : null],
       [v && v.accepted ? "checked" : "refused", v ? v.reason : null],
       ["error", v && v.error_kernel !== null && !v.reason.includes("error") ? error(v.error_kernel) + ", original " + error(v.error_original) : null],
-      ...(v ? Object.entries(v.details) : []),
+      ...(c.measured || []).map((m) => ["on " + m.size, (m.serves || "the original") + (m.speedup ? ", " + m.speedup.toFixed(2) + "x" : ", not measured")]),
+      ...(v ? Object.entries(v.details).filter(([name]) => !said.has(name)) : []),
       ["verdict", v && v.key ? element("code", { title: v.key }, v.key.slice(0, 12)) : null],
       ...c.passed.map((p) => ["passed over", p.spec + ": " + p.why]),
     ]));
