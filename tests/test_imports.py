@@ -12,7 +12,7 @@ ROWS = [
     {"resolve", "layers", "report"},
     {"backends", "sources", "verifiers", "slots", "toolchain"},
     {"machine", "store", "loader", "sites", "build", "background", "audit", "job", "locking"},
-    {"plan", "apply", "proof", "provider"},
+    {"plan", "required", "apply", "proof", "provider"},
     {"api"},
     {"adapters", "compat", "bench", "forecast", "serve", "bundling", "verifying"},
     {"takeover"},

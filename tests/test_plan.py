@@ -1,6 +1,7 @@
 """What serves each site, in each mode, or the one reason why the original stays."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from tests.swapping import CPU, Mlp, Near, RMSNorm, frozen
 from kernelswap import sites
 from kernelswap.api import Swapper
 from kernelswap.errors import ModeError, Refused, Required, Tampered, Unreachable
-from kernelswap.plan import NotAsked, Wish, plan, require
+from kernelswap.plan import NotAsked, Wish, plan
+from kernelswap.required import require
 from kernelswap.types import Device, Kept, Machine, Mode, Row, Swap, Use
 
 
@@ -323,6 +325,24 @@ def test_require_lists_every_reason_and_passes_what_is_swapped(planned):
         require(planned(model), ["RMSNorm", "LayerNorm"])
     assert "RMSNorm: 1 of 2 stay as they are (1" in e.value.found
     assert "LayerNorm: this model has no such site" in e.value.found
+
+
+def test_require_asks_about_the_mode_that_a_site_is_in(planned, root):
+    rows, norm = one(Use(f"dir://{root}:InferenceOnly")), RMSNorm(8)
+    require(planned(norm.eval(), rows), ["RMSNorm"])
+    with pytest.raises(Required, match=r"in training, which it is in: dir://.*:InferenceOnly: has no backward"):
+        require(planned(norm.train(), rows), ["RMSNorm"])
+
+
+def test_require_attention_is_about_what_the_model_is_set_to():
+    model = nn.Module()
+    with pytest.raises(Required, match=r"attention: this model has no such site"):
+        require((), ["attention"], model)
+    model.config = SimpleNamespace(_attn_implementation="sdpa")
+    with pytest.raises(Required, match=r"attention: is computed by 'sdpa', which is no kernel"):
+        require((), ["attention"], model)
+    model.config._attn_implementation = "kernelswap/attention"
+    require((), ["attention"], model)
 
 
 def test_a_plan_on_another_machine_is_the_same_plan(planned):

@@ -28,6 +28,7 @@ from .apply import Applied, apply, how_often
 from .errors import TableError, UndoConflict
 from .plan import NotAsked, Wish
 from .provider import Build, Provider, Terms
+from .required import require as require_all
 from .slots import module as module_slot
 from .sources.configured import bundle_of
 from .store import Store
@@ -180,7 +181,8 @@ class Swapper(Provider):
         Args:
             model: any `nn.Module`; its `__dict__`, parameters and hooks stay as they are.
             check: compare with the original on real tensors: `first-use`, `sample:N`, `always`, `off`.
-            require: globs over layers and paths that must all be swapped.
+            require: globs over layers and paths that a kernel must serve, all of them, in the mode that they are in; `attention`
+                is what the model's `attn_implementation` names.
             lock: a directory whose `kernelswap.lock` is written anew where it does not say already what serves: each kernel's
                 commit and the digest of every file. `policy.locked_only` is what holds to it.
             wanted: see `plan`. `table`: rows, or `{layer: spec}`, laid over this Swapper's table (`inherit=False`: alone).
@@ -202,7 +204,7 @@ class Swapper(Provider):
         how_often(check)  # before anything is taken back
         with self._lock:
             outcomes = self.plan(model, **wanted)
-            planning.require(outcomes, (require,) if isinstance(require, str) else tuple(require))
+            require_all(outcomes, (require,) if isinstance(require, str) else tuple(require), model)
             if lock is not None:
                 locking.record(locking.serving(outcomes), Path(lock), cache=self.store.cache)
             former = self.applied(model)

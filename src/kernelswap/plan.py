@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from . import layers, reads, sites, table
 from . import mode as modes
-from .errors import KernelSwapError, Refused, Required, Tampered
+from .errors import KernelSwapError, Refused, Tampered
 from .slots import function as function_slot
 from .slots import module as module_slot
 from .types import Choice, Chooser, Implementation, Kept, Machine, Mode, Outcome, Prover, Run, Site, SiteKind, Swap, Use, Verdict
@@ -72,33 +72,6 @@ def plan(
     """
     planner = _Planner(model, provide, prover, machine, wish or Wish(), {} if verdicts is None else verdicts)
     return tuple(planner.outcome(site) for site in sites)
-
-
-def require(outcomes: Sequence[Outcome], wanted: Sequence[str]) -> None:
-    """Every site that a glob of `wanted` names (a layer, a path, the end of a path) must be a Swap, and there must be one.
-
-    Raises:
-        Required: some are not; every distinct reason is listed with its count.
-    """
-    problems = []
-    for glob in wanted:
-        named = [o for o in outcomes if sites.named_by(glob, o.site)]
-        kept = [o for o in named if isinstance(o, Kept)]
-        reasons: dict[str, list[str]] = {}
-        for outcome in kept:
-            reasons.setdefault(outcome.reason, []).append(outcome.site.path)
-        if not named:
-            problems.append(f"{glob}: this model has no such site")
-        problems += [
-            f"{glob}: {len(paths)} of {len(named)} stay as they are ({paths[0] or 'the model itself'}, ...): {why}"
-            for why, paths in reasons.items()
-        ]
-    if problems:
-        raise Required(
-            "\n".join(problems),
-            asked=f"require={list(wanted)!r}",
-            todo="The model is as it was. Take the name out of `require`, or remove what stands in the way.",
-        )
 
 
 # -- the decision -------------------------------------------------------------------------------------------------

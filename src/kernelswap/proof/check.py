@@ -165,7 +165,8 @@ class Check:
 
     def _asks_for_traces(self, candidate: Implementation, run: Run) -> bool:
         """Whether to compare under `torch.compile` as well, though the run is not compiled."""
-        ours = candidate.origin.candidate.source in {"bundled", "torch"}
+        origin = candidate.origin.candidate
+        ours = origin.requirement.source == "bundled" or origin.source == "torch"  # wherever its bytes came from
         return self.traced and candidate.compiles and not run.compiled and not ours
 
     def _under_trace(self, subject: Subject, run: Run, pairs: _Pairs, errors: trial.Errors) -> str:

@@ -84,7 +84,7 @@ def sections(facts: Facts) -> str:
 
 def _kind(k: Facts) -> str:
     errors = f"; error {error(k['error_kernel'])}, original {error(k['error_original'])}" if k["error_kernel"] is not None else ""
-    calls = f"; {k['calls']} calls" if k["calls"] is not None else ""
+    calls = f"; {_calls(k['calls'])}" if k["calls"] is not None else ""
     build = f" ({k['build']})" if k["build"] else ""
     return f"{k['layer']} ({k['original']}) x{k['count']}: {k['served_by']}{build}: {k['why']}{errors}{calls}"
 
@@ -106,7 +106,7 @@ def _measured(facts: Facts, observed: Facts) -> list[str]:
             f"  {s['layer']} ({s['original']}){width}, {s['shape']} ({s['rows']} rows), {s['kernel']}: {_pair(s)}{moved}"
         )
     lines += [
-        f"  {s['path']}{' ' + s['name'] if s['name'] else ''}: {share(s['share'])} of {s['phase']}, {s['calls']} calls"
+        f"  {s['path']}{' ' + s['name'] if s['name'] else ''}: {share(s['share'])} of {s['phase']}, {_calls(s['calls'])}"
         for s in observed["shares"]
     ]
     return lines
@@ -117,8 +117,13 @@ def _pair(s: Facts) -> str:
     return f"{both}, {s['speedup']:.2f}x ({s['low']:.2f} to {s['high']:.2f})"
 
 
+def _calls(n: int) -> str:
+    return "1 call" if n == 1 else f"{n} calls"
+
+
 def _kernel(k: Facts) -> list[str]:
-    lines = [f"{k['name']} ({k['variant']}), asked for as {k['requirement']}: {', '.join(k['layers'])} at {k['sites']} sites"]
+    name = f"{'kernelswap/' if k['source'] == 'bundled' else ''}{k['name']}"
+    lines = [f"{name} ({k['variant']}), asked for as {k['requirement']}: {', '.join(k['layers'])} at {k['sites']} sites"]
     lines.append(f"  from {k['source']}, commit {k['commit']}, digest {k['digest']}")
     lines.append(f"  id {k['id']}, version {k['version']}, licence {k['license']}")
     lines += [f"  needs {name}" for name in k["depends"]]

