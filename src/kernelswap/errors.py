@@ -165,8 +165,8 @@ class Tampered(Refused):
     """Bytes differ from what was verified before. Always raised, never a fallback."""
 
 
-class LoadFailed(KernelSwapError, ImportError):
-    """The kernel's own code raised while being imported; its exception is the cause."""
+class LoadFailed(KernelSwapError, ImportError, RuntimeError):
+    """The kernel's own code raised while being imported; its exception, mostly a RuntimeError, is the cause."""
 
     fault = "kernel"
 

@@ -121,7 +121,6 @@ for i in range(40):
 
 
 ON_PURPOSE = {
-    "the kernel raises": "an ImportError whose cause is the kernel's own error",
     "a layer with a constructor": "load() tells at once what kernelize would tell",
 }
 QUESTIONS = """

@@ -97,6 +97,8 @@ def test_errors_have_the_types_that_callers_catch(kernels, hub):
         kernels.get_kernel("org/lacks", version=1)
     with pytest.raises(RuntimeError):
         kernels.get_kernel_dep("org/demo")
+    with pytest.raises(RuntimeError, match="no"):  # what it raised itself
+        kernels.get_kernel("org/broken", version=1)
     with pytest.raises(ImportError) as failed:
         kernels.get_kernel("org/broken", version=1)
     assert isinstance(failed.value.__cause__, RuntimeError)
