@@ -25,7 +25,7 @@ class Fault:
 
     pattern: str
     kind: str
-    """`status drop truncate corrupt stale-etag slow hold missing nonsense`."""
+    """`status drop truncate corrupt stale-etag slow hold missing nonsense loop`."""
     status: int = 500
     retry_after: int | None = None
     times: int | None = None
@@ -152,6 +152,8 @@ class Hub:
         if fault and fault.kind == "status":
             headers = {"Retry-After": str(fault.retry_after)} if fault.retry_after is not None else {}
             return Response("fault", fault.status, headers)
+        if fault and fault.kind == "loop":
+            return Response(status_code=302, headers={"Location": f"{self.url}{path}"})
         if fault and fault.kind == "missing":
             return error(404, "EntryNotFound")
         if fault and fault.kind == "nonsense":

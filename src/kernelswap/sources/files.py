@@ -14,7 +14,7 @@ from .. import variant as variants
 from ..errors import BadMetadata, Refused, UnknownKernel
 
 METADATA = "metadata.json"
-_SMALL = 4 << 20  # bytes that `read_small` gives at most: metadata names files, it does not hold them
+SMALL = 4 << 20  # bytes that `read_small` gives at most: metadata names files, it does not hold them
 
 
 SOURCES = frozenset({"torch-ext", "tvm-ffi-ext"})
@@ -80,8 +80,8 @@ def read_small(file: Path) -> bytes:
     Raises:
         Refused: it is larger than any honest one.
     """
-    if file.stat().st_size > _SMALL:
-        raise Refused(f"{file} has {file.stat().st_size} bytes, at most {_SMALL} are read")
+    if file.stat().st_size > SMALL:
+        raise Refused(f"{file} has {file.stat().st_size} bytes, at most {SMALL} are read")
     return file.read_bytes()
 
 

@@ -72,13 +72,15 @@ class HubSource:
     """Seconds for which a list of versions is taken for current, and a hub that did not answer for unreachable."""
     backoff: float = 0.5
     """Seconds before a request is repeated; doubled each time."""
+    patience: float = 60.0
+    """Seconds for all of an answer, and for a file beyond what 64 KiB a second would take."""
     key: str = "hub"
     _index: HubIndex = field(init=False, repr=False, compare=False)
     _files: HubFiles = field(init=False, repr=False, compare=False)
     _names: _Names = field(default_factory=_Names, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        client = HubClient(self.endpoint.rstrip("/"), self.token, self.timeout, self.backoff)
+        client = HubClient(self.endpoint.rstrip("/"), self.token, self.timeout, self.backoff, self.patience)
         index = HubIndex(self.cache, client, self.offline, self.remember)
         files = HubFiles(self.cache, client, index.ready, self.offline, self.workers, self.progress)
         object.__setattr__(self, "_index", index)

@@ -33,7 +33,7 @@ _ANSWER_BYTES = 64 << 20  # a page of the listing of a thousand files is 300 kB
 _LEAST_RATE = 64 << 10  # bytes a second; what comes slower on the whole does not come
 _SLACK = 64 << 20  # bytes; the hub's client hands them on in pieces of ten megabytes, and takes up what was cut short
 _PATIENCE = 10.0  # seconds that a server may ask us to wait before the next try
-_DISK = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
+_DISK = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG}
 
 T = TypeVar("T")
 
@@ -243,7 +243,7 @@ class HubClient:
         return f"the hub at {self.endpoint}"
 
     @contextlib.contextmanager
-    def _errors(self, asked: str) -> Iterator[None]:  # noqa: C901  # a line for each error of theirs
+    def _errors(self, asked: str) -> Iterator[None]:  # a line for each error of theirs
         """Whatever the client raises becomes ours, and what is a network failure is called one."""
         errors = importlib.import_module("huggingface_hub.errors")
         try:
@@ -262,14 +262,7 @@ class HubClient:
             todo = "check the name; a private one needs a token (HF_TOKEN, or `hf auth login`)"
             raise NotOnHub(f"{self._who} has no such kernel repository, or not for this account", asked=asked, todo=todo) from e
         except errors.LocalEntryNotFoundError as e:  # nor in its cache: what the hub answered instead is the cause
-            if isinstance(e.__cause__, errors.HfHubHTTPError):
-                raise self._status(e.__cause__, asked) from e
-            cause = e.__cause__ or e
-            raise Busy(
-                f"network failure: {self._who} did not answer ({type(cause).__name__}: {wire.line(cause)})",
-                asked=asked,
-                todo=_CHECK,
-            ) from e
+            raise self._instead(e.__cause__ or e, asked) from e
         except (errors.RevisionNotFoundError, errors.EntryNotFoundError) as e:
             if isinstance(e, errors.RevisionNotFoundError):
                 raise NoSuchRevision(f"{self._who} has no such revision", asked=asked, todo="check the version") from e

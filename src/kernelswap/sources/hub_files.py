@@ -14,7 +14,7 @@ from pathlib import Path
 from .. import strict
 from ..errors import NotCached, Refused, Unreachable
 from ..types import Progress
-from .files import read_small
+from .files import SMALL, read_small
 from .hub_cache import CachedRepo, Entry, Listing
 from .hub_client import Busy, HubClient
 
@@ -50,6 +50,8 @@ class HubFiles:
             return None
         if path not in listing if listing is not None else CachedRepo(self.cache, name).file(commit, path) is None:
             return None
+        if listing is not None and listing[path].size > SMALL:  # before a byte of it comes
+            raise Refused(f"{path} has {listing[path].size} bytes, at most {SMALL} are read", asked=f"reading {name}")
         found: list[bytes] = []
 
         def take(file: Path, entry: Entry | None) -> str | None:
