@@ -61,7 +61,8 @@ class KernelSwapError(Exception):
 
 
 def _rebuild(cls: type[KernelSwapError], args: tuple[object, ...], state: dict[str, object]) -> KernelSwapError:
-    error = cls.__new__(cls)
+    layout = next((base for base in (OSError, ImportError) if issubclass(cls, base)), Exception)
+    error: KernelSwapError = layout.__new__(cls)  # the first `__new__` in the order of bases need not be the one that fits
     error.args = args
     error.__dict__.update(state)
     return error
