@@ -186,3 +186,27 @@ def test_without_jinja_or_matplotlib_one_sentence_says_what_to_install(facts, mo
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(MissingDependency, match=r"kernelswap\[cli\]"):
         page(facts)
+
+
+def test_a_model_of_thousands_of_sites_has_a_page_of_bearable_size(facts):
+    """A mixture of experts: the plot shows the worst and a sample; the table draws what is open."""
+    from kernelswap.report import plots
+    from kernelswap.report.page import page
+
+    norm = next(o for o in facts["outcomes"] if o["path"] == "model.norm")
+    many, worst = [], 1234
+    for i in range(5000):
+        verdict = {
+            **norm["inference"]["verdict"],
+            "error_original": 1e-7,
+            "error_kernel": 3e-7 if i == worst else 1e-7 - i * 1e-13,
+        }
+        many.append({**norm, "path": f"experts.{i}", "inference": {**norm["inference"], "verdict": verdict}})
+    wide, narrow = plots.both(plots.errors, {**facts, "outcomes": many}, "many")
+    assert len(wide) + len(narrow) < 400_000
+    assert f'data-site="{worst}"' in wide
+    drawn = set(re.findall(r'data-site="(\d+)"', wide))
+    assert 150 < len(drawn) <= plots.MOST
+    assert drawn == set(re.findall(r'data-site="(\d+)"', narrow))
+    big = {**facts, "outcomes": many, "kinds": [{**facts["kinds"][0], "count": 5000}]}
+    assert "the worst among them" in page(big)

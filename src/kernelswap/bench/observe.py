@@ -66,9 +66,9 @@ def observe(
         groups = kinds.group(found, subject.model)
         before = _with(subject, original)
         calls = _record(before, groups)
-        speeds = [*_phases(subject, groups, original, calls, seconds / 3, device, tell)]
-        speeds += _shapes(groups, original, subject.model, calls, seconds / 3, device, tell)
-        whole = ab.whole(subject, original, subject.model, seconds=seconds / 3, device=device, progress=progress)
+        speeds = [*_phases(subject, groups, original, calls, seconds / 4, device, tell)]
+        speeds += _shapes(groups, original, subject.model, calls, seconds / 4, device, tell)
+        whole = ab.whole(subject, original, subject.model, seconds=seconds / 2, device=device, progress=progress)
         tell("where the time goes", 0, 0)
         shares = tuple(_shares(before, found, device))
         tell("where the time goes", 1, 1)

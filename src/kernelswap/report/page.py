@@ -53,6 +53,7 @@ def page(facts: Mapping[str, Any]) -> str:
         phases=words.phases(facts),
         speed_of=words.speed_of(facts),
         pictures=pictures,
+        most=plots.MOST,
         style=(HERE / "page.css").read_text(encoding="utf-8"),
         script=(HERE / "page.js").read_text(encoding="utf-8"),
         data=_inline(facts),

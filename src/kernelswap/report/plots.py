@@ -110,7 +110,8 @@ def errors(figure: Figure, facts: Facts, wide: bool) -> None:  # noqa: FBT001  #
     floor = 10 ** (math.floor(math.log10(least)) - 0.3) if exact else least  # exact ones lie on it
     for n, layer in enumerate(dict.fromkeys(p[1] for p in points)):
         hue = HUES[n % len(HUES)]
-        for place, (i, _, a, b) in enumerate(p for p in points if p[1] == layer):
+        mine = _representative([p for p in points if p[1] == layer])
+        for place, (i, _, a, b) in enumerate(mine):
             a, b = max(a, floor), max(b, floor)  # noqa: PLW2901  # exact ones
             axes.plot([i, i], [a, b], color=LINE, lw=1.4, zorder=1)
             axes.plot(i, a, "o", ms=5.5, mfc=CARD, mec=hue, mew=1.1, zorder=2)
@@ -128,6 +129,19 @@ def errors(figure: Figure, facts: Facts, wide: bool) -> None:  # noqa: FBT001  #
     axes.xaxis.set_major_locator(_whole())
     axes.margins(x=0.03)
     figure.legend(loc="outside lower left", ncols=6 if wide else 2, handletextpad=0.2, columnspacing=1.4, labelcolor=INK)
+
+
+Point = tuple[int, str, float, float]
+MOST = 240
+"""Sites of one kind that are drawn: a mixture of experts has thousands."""
+
+
+def _representative(points: Sequence[Point]) -> list[Point]:
+    """All of them; of very many some at equal distances, and those whose kernel is the worst beside its original."""
+    if len(points) <= MOST:
+        return list(points)
+    worst = sorted(points, key=lambda p: p[3] / max(p[2], 1e-300), reverse=True)[: MOST // 4]
+    return sorted({*worst, *points[:: -(-4 * len(points) // (3 * MOST))]})
 
 
 def speeds(figure: Figure, facts: Facts, wide: bool) -> None:  # noqa: FBT001  # as above
