@@ -9,7 +9,7 @@ ROWS = [
     {"_version", "errors"},
     {"types", "strict"},
     {"spec", "variant", "metadata", "lock", "table", "render", "mode", "policy", "reads", "record", "tree", "buildfile", "sbom"},
-    {"resolve", "layers", "report"},
+    {"resolve", "layers", "report", "mapping"},
     {"backends", "sources", "verifiers", "slots", "toolchain"},
     {"machine", "store", "loader", "sites", "build", "background", "audit", "job", "locking"},
     {"plan", "required", "apply", "proof", "provider"},

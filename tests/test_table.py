@@ -29,6 +29,7 @@ def test_a_row_says_everything():
                    {spec = "org/norm@2:RMSNorm", on = ["cuda:sm90", "rocm:gfx942", "metal"], modes = ["inference", "TRAINING|TORCH_COMPILE"]}]
         off     = true
         note    = "why"
+        at      = ["*.norm"]
     """
     assert row(text) == Row(
         "RMSNorm",
@@ -42,6 +43,7 @@ def test_a_row_says_everything():
         ),
         off=True,
         note="why",
+        at=("*.norm",),
     )
 
 
@@ -75,7 +77,7 @@ WRONG = [
     ("[[swap]]\nlayer = 'a'\ntaget = []", "t.toml:1: row 1 (a): unknown key `taget`, did you mean `targets`?"),
     (
         "[[swap]]\nlayer = 'a'\nzzz = []",
-        "t.toml:1: row 1 (a): unknown key `zzz`, known: layer, kind, targets, needs, probe, note, off, use, rivals",
+        "t.toml:1: row 1 (a): unknown key `zzz`, known: layer, kind, targets, needs, at, probe, note, off, use, rivals",
     ),
     (
         "[[swap]]\nlayer = 'a'\nkind = 'modul'",

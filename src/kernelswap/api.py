@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -26,6 +26,8 @@ from . import plan as planning
 from . import table as tables
 from .apply import Applied, apply, how_often
 from .errors import TableError, UndoConflict
+from .mapping import Table
+from .mapping import rows as rows_of
 from .plan import NotAsked, Wish
 from .provider import Build, Provider, Terms
 from .required import require as require_all
@@ -56,12 +58,6 @@ if TYPE_CHECKING:
 
     from .proof.contest import Contest
     from .proof.speed import Speeds
-
-Table = Sequence[Row] | Mapping[str, Any]
-"""Rows; or `{layer: spec}`, where instead of a spec there may be several in order of preference, `{device: spec}`, or `""`
-for "leave it alone"."""
-DEVICES = {"": "", "metal": "mps", "cann": "npu", **{d: d for d in ("cpu", "cuda", "rocm", "xpu", "npu", "mps", "tpu", "neuron")}}
-"""What a mapping may call a device, and what a table does."""
 
 
 class Swapper(Provider):
@@ -123,6 +119,7 @@ class Swapper(Provider):
         skip: str | Iterable[str] | None = None,
         prefer: Mapping[str, str | Sequence[str | Use]] | None = None,
         mode: Mode | None = None,
+        loss: bool = False,
         hub: bool = False,
         build: Build = "background",
         trust: bool | Sequence[str] = False,
@@ -138,8 +135,9 @@ class Swapper(Provider):
             Tampered: bytes of a kernel differ from what was verified before.
             Refused: a kernel that the arguments name was refused.
         """
-        over, terms = _rows(table, {row.layer for row in self.table}), Terms(build, trust, progress, self._meets)
+        over, terms = rows_of(table, {row.layer for row in self.table}), Terms(build, trust, progress, self._meets)
         base = self.table if inherit else tuple(replace(row, use=(), rivals=()) for row in self.table)
+        base += tables.loss() if loss else ()
         preferred = {
             glob: tuple(one if isinstance(one, Use) else Use(one) for one in ((specs,) if isinstance(specs, str) else specs))
             for glob, specs in (prefer or {}).items()
@@ -186,14 +184,15 @@ class Swapper(Provider):
             lock: a directory whose `kernelswap.lock` is written anew where it does not say already what serves: each kernel's
                 commit and the digest of every file. `policy.locked_only` is what holds to it.
             wanted: see `plan`. `table`: rows, or `{layer: spec}`, laid over this Swapper's table (`inherit=False`: alone).
-                `only`, `skip`: globs over module paths, their ends, or layers. `prefer`: `{glob: spec or specs}` tried
-                first. `mode`: `None` serves training and inference, live; `TORCH_COMPILE` alone does so with kernels that
-                compile. `hub`: kernels of the table that are on the hub
-                may be fetched; those that you name yourself always may. `build`: bundled kernels that are not compiled yet
-                are compiled in the `background` (the original serves meanwhile), or you `wait` for it, or `never`.
-                `trust`: publishers that you vouch for. `choose`: of several kernels that may serve, the `table`'s first, or the
-                fastest for each size of call by what was `measured` on this machine (`measure`, `kernelswap bench`); what
-                nobody measured yet is as the table has it. `progress`: told about downloads and compiling.
+                `only`, `skip`: globs over module paths, their ends, or layers. `prefer`: `{glob: spec or specs}` tried first.
+                `mode`: `None` serves training and inference, live; `TORCH_COMPILE` alone likewise, with kernels that compile.
+                `loss`: in training, logits are computed when something reads them, which cross entropy does not; read them
+                before `optimizer.step()`, later they raise. `hub`: kernels of the table that are on the hub may be fetched;
+                those that you name yourself always may. `build`: bundled kernels that are not compiled yet are compiled in
+                the `background` (the original serves meanwhile), or you `wait`, or `never`. `trust`: publishers that you
+                vouch for. `choose`: of several kernels that may serve, the `table`'s first, or the fastest for each size of
+                call by what was `measured` on this machine (`measure`, `kernelswap bench`); what nobody measured yet is as
+                the table has it. `progress`: told about downloads and compiling.
 
         Raises:
             Required: a site that `require` names stays as it is; every reason is listed.
@@ -315,34 +314,6 @@ class Swapper(Provider):
             return False
         requirement = spec.parse(text)
         return requirement.source == "hub" and requirement.name not in dict(self.environment.local_kernels)
-
-
-def _rows(given: Table | None, known: Container[str]) -> tuple[Row, ...]:
-    """Rows as given, or made from `{layer: spec}`; a layer that no row knows is the name of a class."""
-    if given is None:
-        return ()
-    if not isinstance(given, Mapping):
-        return tuple(given)
-    rows = (_row(layer, value) for layer, value in given.items())
-    return tuple(row if row.layer in known else replace(row, targets=(row.layer,)) for row in rows)
-
-
-def _row(layer: str, value: Any) -> Row:
-    if value is None or value is False or value == "":
-        return Row(layer, off=True)
-    uses: list[Use] = []
-    for device, specs in value.items() if isinstance(value, Mapping) else [("", value)]:
-        name, colon, arch = device.partition(":")
-        if name not in DEVICES:
-            raise TableError(f"{layer}: {device!r} is no device", todo=f"Known: {', '.join(filter(None, DEVICES))}.")
-        for one in (specs,) if isinstance(specs, str) or not isinstance(specs, Iterable) else specs:
-            if not isinstance(one, str):
-                raise TableError(
-                    f"{layer}: {one!r} is not a spec", todo=f"Write 'org/kernel@1:{layer}', or '' to leave it alone."
-                )
-            spec.parse(one)
-            uses.append(Use(one, on=(DEVICES[name] + colon + arch,) if device else ()))
-    return Row(layer, use=tuple(uses))
 
 
 # -- one Swapper for the process ------------------------------------------------------------------------------------

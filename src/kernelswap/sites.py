@@ -161,6 +161,8 @@ class _Matcher:
         best: list[tuple[int, Row]] = []
         lacking: list[tuple[int, Row, tuple[str, ...]]] = []
         for rank, row in ranked:
+            if row.at and not any(fnmatchcase(path, glob) for glob in row.at):
+                continue
             missing = _missing(module, row)
             if missing is None:
                 best.append((rank, row))

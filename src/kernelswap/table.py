@@ -33,7 +33,7 @@ if sys.version_info >= (3, 11):
 else:  # pragma: no cover  # Python 3.10
     import tomli as tomllib
 
-_ROW_KEYS = ("layer", "kind", "targets", "needs", "probe", "note", "off", "use", "rivals")
+_ROW_KEYS = ("layer", "kind", "targets", "needs", "at", "probe", "note", "off", "use", "rivals")
 _USE_KEYS = ("spec", "on", "modes")
 _ALIAS = {"metal": "mps", "cann": "npu"}
 _ON = re.compile(
@@ -67,14 +67,22 @@ def parse(text: str, *, where: str, check: Callable[[str], object] | None = None
 
 def default() -> tuple[Row, ...]:
     """The table that ships with the package."""
-    text = (resources.files("kernelswap") / "tables" / "default.toml").read_text(encoding="utf-8")
-    return parse(text, where="default.toml")
+    return _shipped("default.toml")
+
+
+def loss() -> tuple[Row, ...]:
+    """The rows that `swap(model, loss=True)` adds."""
+    return _shipped("loss.toml")
+
+
+def _shipped(name: str) -> tuple[Row, ...]:
+    return parse((resources.files("kernelswap") / "tables" / name).read_text(encoding="utf-8"), where=name)
 
 
 def merge(rows: Iterable[Row], over: Iterable[Row]) -> tuple[Row, ...]:
     """`rows` with `over` laid over them, one row of `over` after the other.
 
-    A row of `over` whose layer is known says only what differs: what it leaves empty (targets, needs, probe, note) stays, its
+    A row of `over` whose layer is known says only what differs: what it leaves empty (targets, needs, at, probe, note) stays, its
     `use` comes before the known ones (a spec that both name keeps its new place and conditions), and `off` is as it says. Its
     kind counts only where it has targets. A row with a new layer is added. Rows that `over` speaks of come first.
     """
@@ -119,6 +127,7 @@ def _lay_over(row: Row, new: Row) -> Row:
         kind=new.kind if new.targets else row.kind,
         targets=new.targets or row.targets,
         needs=new.needs or row.needs,
+        at=new.at or row.at,
         probe=new.probe or row.probe,
         use=(*new.use, *(use for use in row.use if use.spec not in named)),
         rivals=(*new.rivals, *(use for use in row.rivals if use.spec not in named | {r.spec for r in new.rivals})),
@@ -171,6 +180,7 @@ class _Reader:
             kind=kind,  # type: ignore[arg-type]  # checked above; a wrong one raises at the end
             targets=self.texts(at, item, "targets"),
             needs=tuple(self.need(at, need) for need in self.items(at, item, "needs")),
+            at=self.texts(at, item, "at"),
             probe=self.text(at, item, "probe", ""),
             use=tuple(self.use(f"{at}: use {i}", use) for i, use in enumerate(self.items(at, item, "use"), 1)),
             rivals=tuple(self.use(f"{at}: rivals {i}", use) for i, use in enumerate(self.items(at, item, "rivals"), 1)),

@@ -346,6 +346,9 @@ class Row:
     off: bool = False
     """Leave it alone, and say that the user asked for that."""
     note: str = ""
+    at: tuple[str, ...] = ()
+    """Globs over paths, for what is told from its like by its place alone; empty: anywhere. It decides where to look, not what is
+    the same: that is proved."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -245,8 +245,18 @@ def test_second_derivatives_of_a_loss_whose_gradient_was_made_in_forward_are_ref
     target = torch.tensor([1, 2, 3])
     f = layers.cross_entropy
     for loss, leaf in ((f.cross_entropy(z, target), z), (f.linear_cross_entropy(x, w, target), x)):
-        with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
             torch.autograd.grad(loss, leaf, create_graph=True)
+
+
+def test_going_back_twice_through_a_gradient_that_was_scaled_in_place_is_refused(layers):
+    z, x, w = torch.randn(3, 10, requires_grad=True), torch.randn(3, 4, requires_grad=True), torch.randn(10, 4)
+    target = torch.tensor([1, 2, 3])
+    f = layers.cross_entropy
+    for loss in (f.cross_entropy(z, target), f.linear_cross_entropy(x, w, target)):
+        (loss * 0.5).backward(retain_graph=True)
+        with pytest.raises(RuntimeError, match="cannot be gone back through twice"):
+            (loss * 0.5).backward()
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.int64], ids=str)

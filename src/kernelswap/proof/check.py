@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from ..types import Artifact, Implementation, Machine, Run, Site, Verdict
-from . import inputs, keys, memory, trial
+from . import head, inputs, keys, memory, trial
 from .agree import Differs
 from .child import Contact, Contain
 from .inputs import Case, Subject
@@ -328,6 +328,8 @@ class _Pairs:
     def __call__(self, centre: float) -> trial.Pair:
         if centre not in self.made:
             module, device = self.module(centre), self.subject.device
-            reference = Reference(self.subject.original, module, device)
-            self.made[centre] = trial.Pair(self.subject.original, self.candidate.forward, module, reference, device)
+            original, kernel = (
+                head.through(self.subject.site.row.probe, f) for f in (self.subject.original, self.candidate.forward)
+            )
+            self.made[centre] = trial.Pair(original, kernel, module, Reference(original, module, device), device)
         return self.made[centre]

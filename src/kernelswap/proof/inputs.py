@@ -382,6 +382,7 @@ RECIPES: dict[str, Recipe] = {
     "gated": gated,
     "mlp": mlp,
     "rotary": rotary,
+    "head": mlp,
 }
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..types import Implementation, Site, Verdict
-from . import inputs, keys, memory, trial
+from . import head, inputs, keys, memory, trial
 from .agree import Differs
 from .calls import Want
 from .inputs import Case
@@ -29,7 +29,7 @@ OTHERS = 199, 263  # rows in the two size buckets that the shapes below leave ou
 DERIVED = 13  # rows of the non-contiguous shape made from a real call: prime, and beyond one vector register
 
 
-ROWWISE = frozenset({"rows", "gated_rows", "elementwise", "gated", "mlp"})
+ROWWISE = frozenset({"rows", "gated_rows", "elementwise", "gated", "mlp", "head"})
 """Probes whose outputs depend, row by row, on the same row of their inputs alone."""
 
 
@@ -94,7 +94,7 @@ class Real:
         self.leaves, self.spec = pytree.tree_flatten((args, dict(kwargs)))
         self.held = [t for t in self.leaves if isinstance(t, Tensor)]
         self.device = memory.indexed(self.held[0].device if self.held else torch.device("cpu"))
-        self.size = max((t.numel() for t in self.held), default=0)
+        self.size = head.size(site.row.probe, module, self.held)
         self.dim = int(kwargs.get("unsqueeze_dim", args[4] if len(args) == 5 and isinstance(args[4], int) else 1))
         self.graded = torch.is_grad_enabled()  # now: the checks run in a mode of their own
         self.want: Want | None = None
@@ -150,9 +150,8 @@ class Real:
         differentiable = tuple(i for i, t in enumerate(self.held) if t.requires_grad)
         if self.graded and (differentiable or trainable):
             self.want = Want(differentiable, parameters=trainable)
-        return trial.Pair(
-            self.original, self.candidate.forward, module, Reference(self.original, module, self.device), self.device
-        )
+        original, kernel = (head.through(self.site.row.probe, f) for f in (self.original, self.candidate.forward))
+        return trial.Pair(original, kernel, module, Reference(original, module, self.device), self.device)
 
     def cases(self) -> Iterator[Case]:
         """The call, or as many of its rows as `PART` allows; then one row, 13, 13 with gaps between, none; then the sizes left.
@@ -195,7 +194,7 @@ class Real:
 
         This is the one extra forward that a check costs at full size. It has no gradients; above `WHOLE` it is left out.
         """
-        if (self.size <= PART and self.pair is not None) or self.size > WHOLE:
+        if (self.size <= PART and self.pair is not None) or self.size > WHOLE or self.site.row.probe == "head":
             return self.by_kernel(verdict)
         module = self.module if self.pair is None else self.pair.module  # a copy has no swapped modules and no hooks inside
         with memory.quiet(self.device), torch.no_grad():

@@ -145,12 +145,16 @@ def _per_row(target: Tensor, ignore: int, divide_by: Tensor | float | None) -> T
     return divide_by.to(device=target.device, dtype=torch.float32).reciprocal()
 
 
-def _once() -> None:
-    if recorded():
+def _once(ctx: Any) -> Any:
+    """The gradient that was made in forward; it is scaled where it lies, so there is one use of it."""
+    made, ctx.made = ctx.made, None
+    if recorded() or made is None:
+        what = "differentiated twice (`create_graph=True`)" if recorded() else "gone back through twice (`retain_graph=True`)"
         raise RuntimeError(
-            "the gradient of this cross entropy was made in its forward pass and has no history: it cannot be differentiated "
-            "again (`create_graph=True`); torch.nn.functional.cross_entropy can"
+            f"the gradient of this cross entropy was made in its forward pass: it cannot be {what}; "
+            "torch.nn.functional.cross_entropy can"
         )
+    return made
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -159,14 +163,12 @@ class _CrossEntropy(torch.autograd.Function):
         grad = ctx.needs_input_grad[0]
         dz = torch.empty_like(z) if grad else z
         loss = _sweep(z, target, dz, scale, ignore, grad)
-        if grad:
-            ctx.save_for_backward(dz)
+        ctx.made = dz if grad else None
         return loss.sum() * scale
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]  # torch types *Any
-        _once()
-        (dz,) = ctx.saved_tensors
+        dz = _once(ctx)
         return _scaled(dz, g), None, None, None
 
 
@@ -209,13 +211,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     dw = torch.mm(z.t(), part)
                 else:
                     dw.addmm_(z.t(), part)
-        ctx.save_for_backward(dx, dw)
+        ctx.made = dx, dw
         return losses.sum() * scale
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:  # type: ignore[override]  # torch types *Any
-        _once()
-        dx, dw = ctx.saved_tensors
+        dx, dw = _once(ctx)
         return (
             None if dx is None else _scaled(dx, g),
             None if dw is None else _scaled(dw, g),

@@ -1,0 +1,11 @@
+"""The head of a language model and its loss without the logits between them, in plain torch: any device.
+
+`layers.LMHead` stands in for the last linear layer. In training it returns logits that are computed when somebody reads them;
+`torch.nn.functional.cross_entropy` reads them a few rows at a time and keeps none.
+"""
+
+from . import layers
+from .lazy import LazyLogits
+from .loss import linear_cross_entropy
+
+__all__ = ["LazyLogits", "layers", "linear_cross_entropy"]

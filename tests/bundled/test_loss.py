@@ -1,0 +1,286 @@
+"""`kernelswap/loss`: the head and its cross entropy against float64, and logits that nobody can tell from computed ones."""
+
+import copy
+import importlib.util
+import io
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+BUILD = Path(__file__).parents[2] / "src" / "kernelswap" / "bundled" / "loss" / "build" / "torch-universal"
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1.2e-2}
+V, H = 103, 16
+
+
+@pytest.fixture(scope="module")
+def kernel():
+    spec = importlib.util.spec_from_file_location(
+        "loss_under_test", BUILD / "__init__.py", submodule_search_locations=[str(BUILD)]
+    )
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    yield module
+    for name in [name for name in sys.modules if name.partition(".")[0] == spec.name]:
+        del sys.modules[name]
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def pieces(kernel, monkeypatch):
+    """Pieces of eight rows."""
+    monkeypatch.setattr(sys.modules["loss_under_test.loss"], "LEAST", 8)
+    monkeypatch.setitem(sys.modules["loss_under_test.loss"].WORKSPACE, "cpu", 1)
+
+
+def relative(got, want):
+    return ((got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-30)).item()
+
+
+def made(dtype=torch.float32, rows=21, *, bias=False):
+    x = torch.randn(rows, H, dtype=dtype, requires_grad=True)
+    w = torch.randn(V, H, dtype=dtype, requires_grad=True)
+    b = torch.randn(V, dtype=dtype, requires_grad=True) if bias else None
+    target = torch.randint(0, V, (rows,))
+    target[::5] = -100
+    return x, w, b, target
+
+
+# -- the loss -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [1, 8, 21])
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_loss_and_gradients_agree_with_float64(kernel, pieces, dtype, rows, bias, reduction):
+    x, w, b, target = made(dtype, rows, bias=bias)
+    target[0] = 3
+    leaves = [t for t in (x, w, b) if t is not None]
+    kept = [t.detach().clone() for t in leaves]
+    loss = kernel.linear_cross_entropy(x, w, b, target, reduction=reduction)
+    found = torch.autograd.grad(loss * 0.7, leaves)
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    exact = F.cross_entropy(F.linear(*wide), target, reduction=reduction)
+    want = torch.autograd.grad(exact * 0.7, wide)
+    assert loss.dtype is torch.float32
+    assert relative(loss, exact) < TOLERANCES[dtype]
+    assert max(map(relative, found, want)) < TOLERANCES[dtype]
+    assert [g.dtype for g in found] == [t.dtype for t in leaves]
+    assert all(map(torch.equal, leaves, kept))
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_a_frozen_side_gets_no_gradient(kernel, pieces, frozen):
+    x, w, _, target = made()
+    (x, w)[frozen].requires_grad_(False)
+    kernel.linear_cross_entropy(x, w, None, target).backward()
+    assert [x.grad is None, w.grad is None] == [frozen == 0, frozen == 1]
+
+
+def test_every_backward_pass_gives_the_same(kernel, pieces):
+    x, w, _, target = made()
+    loss = kernel.linear_cross_entropy(x, w, None, target)
+    first = [g.clone() for g in torch.autograd.grad(loss * 0.5, (x, w), retain_graph=True)]
+    second = torch.autograd.grad(loss * 0.5, (x, w), retain_graph=True)
+    third = torch.autograd.grad(loss, (x, w))
+    assert all(map(torch.equal, first, second))
+    assert max(relative(a, b / 2) for a, b in zip(first, third, strict=True)) < 1e-6
+
+
+def test_second_derivatives_are_those_of_torchs_loss(kernel, pieces):
+    def penalty(loss, leaves):
+        return torch.autograd.grad(sum(g.pow(2).sum() for g in torch.autograd.grad(loss, leaves, create_graph=True)), leaves)
+
+    x, w, _, target = made()
+    found = penalty(kernel.linear_cross_entropy(x, w, None, target), (x, w))
+    want = penalty(F.cross_entropy(F.linear(x, w), target), (x, w))
+    assert max(map(relative, found, want)) < 1e-5
+
+
+@pytest.mark.parametrize("rows", [0, 4])
+def test_where_nothing_counts_loss_and_gradients_are_torchs(kernel, rows):
+    x, w, _, _ = made(rows=rows)
+    target = torch.full((rows,), -100)
+    loss, want = kernel.linear_cross_entropy(x, w, None, target), F.cross_entropy(F.linear(x, w), target)
+    assert loss.isnan()
+    assert want.isnan()
+    pairs = zip(torch.autograd.grad(loss, (x, w)), torch.autograd.grad(want, (x, w)), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_a_target_that_is_no_word_raises_as_in_torch(kernel):
+    x, w, _, target = made()
+    target[3] = V
+    with pytest.raises(IndexError):
+        kernel.linear_cross_entropy(x, w, None, target)
+
+
+# -- the logits ---------------------------------------------------------------------------------------------------
+
+
+class Double(torch.autograd.Function):
+    """Code that torch's function overrides do not reach."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * 2
+
+
+def lazy(kernel, dtype=torch.float32, shape=(3, 7), *, bias=True):
+    layer = nn.Linear(H, V, bias=bias, dtype=dtype)
+    x = torch.randn(*shape, H, dtype=dtype, requires_grad=True)
+    return kernel.layers.LMHead.forward(layer, x), layer(x), layer, x
+
+
+LABELS = torch.randint(0, V, (3, 7), generator=torch.Generator().manual_seed(3))
+ROWS = {  # what goes through the fused loss
+    "as Transformers": lambda z: ForCausalLMLoss(z, LABELS, V),
+    "as Transformers, over a number of items": lambda z: ForCausalLMLoss(z, LABELS, V, num_items_in_batch=11),
+    "shifted by hand": lambda z: F.cross_entropy(z[:, :-1].contiguous().view(-1, V).float(), LABELS[:, 1:].reshape(-1)),
+    "sliced with an ellipsis": lambda z: F.cross_entropy(z[..., :-1, :].float().reshape(-1, V), LABELS[:, 1:].reshape(-1)),
+    "in float32 by `to`": lambda z: F.cross_entropy(z.to(torch.float32).view((21, V)), LABELS.view(-1), ignore_index=5),
+    "a loss module": lambda z: nn.CrossEntropyLoss(reduction="sum")(z.float().view(-1, V), LABELS.view(-1)),
+}
+OTHERS = {  # what reads the logits
+    "softcap": lambda z: F.cross_entropy((torch.tanh(z / 3) * 3).float().view(-1, V), LABELS.view(-1)),
+    "label smoothing": lambda z: F.cross_entropy(z.float().view(-1, V), LABELS.view(-1), label_smoothing=0.1),
+    "class weights": lambda z: F.cross_entropy(z.float().view(-1, V), LABELS.view(-1), weight=torch.linspace(0, 1, V)),
+    "z-loss": lambda z: ForCausalLMLoss(z, LABELS, V) + z.float().logsumexp(-1).pow(2).mean(),
+    "without a reduction": lambda z: F.cross_entropy(z.float().view(-1, V), LABELS.view(-1), reduction="none"),
+    "classes second": lambda z: F.cross_entropy(z.float().transpose(1, 2), LABELS),
+    "probabilities": lambda z: F.cross_entropy(z.float().view(-1, V), torch.eye(V)[LABELS.view(-1)]),
+    "columns": lambda z: z[..., 3:9],
+    "one token": lambda z: z[:, -1],
+    "picked rows": lambda z: z[LABELS > 40],
+    "in place": lambda z: z.div_(3) * 2,
+    "assigned": lambda z: (z.__setitem__((0, 0), 0.0), z)[1] * 1,
+    "another view": lambda z: z.view(-1),
+    "below Python": Double.apply,
+    "stacked": lambda z: torch.stack([z, z]),
+    "a module": nn.Softmax(-1),
+    "einsum": lambda z: torch.einsum("btv,btv->bt", z, z),
+}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("name", [*ROWS, *OTHERS])
+def test_what_is_computed_from_the_logits_is_what_the_layer_would_give(kernel, name, dtype):
+    z, plain, layer, x = lazy(kernel, dtype)
+    assert isinstance(z, kernel.LazyLogits)
+    f = {**ROWS, **OTHERS}[name]
+    got, want = f(z), f(plain.clone())
+    assert type(got) is torch.Tensor
+    assert z.known() == (name in OTHERS)
+    assert (got.shape, got.dtype) == (want.shape, want.dtype)
+    leaves = (x, layer.weight, layer.bias)
+    cotangent = torch.randn_like(want)
+    found, exact = torch.autograd.grad(got, leaves, cotangent), torch.autograd.grad(want, leaves, cotangent)
+    whole = name in OTHERS and name != "z-loss"  # which is a fused loss and a term that reads
+    assert torch.equal(got, want) if whole else relative(got, want) < TOLERANCES[dtype]
+    assert max(map(relative, found, exact)) < TOLERANCES[dtype]
+
+
+def test_metadata_is_told_without_computing_anything(kernel):
+    z, plain, _, _ = lazy(kernel)
+    for ask in (
+        lambda t: (t.shape, t.dtype, t.device, t.requires_grad, t.ndim, t.is_leaf, t.layout, len(t), t.numel(), t.stride()),
+        lambda t: (t.size(-1), t.dim(), t.is_contiguous(), t.is_cuda, t.element_size(), t.is_floating_point()),
+    ):
+        assert ask(z) == ask(plain)
+    assert z.grad_fn is not None
+    assert len({z, z}) == 1
+    assert not z.known()
+
+
+def test_logits_are_read_as_any_tensor_is(kernel):
+    z, plain, _, _ = lazy(kernel)
+    assert torch.equal(z, plain)
+    assert torch.equal(z.argmax(-1), plain.argmax(-1))
+    assert z.detach().numpy().tolist() == plain.tolist()
+    assert repr(z)[:40] == repr(plain)[:40]
+    file = io.BytesIO()
+    torch.save(z.detach(), file)
+    file.seek(0)
+    assert torch.equal(torch.load(file), plain)
+    assert torch.equal(copy.deepcopy(z.detach()), plain)
+    with torch.no_grad():
+        fresh = lazy(kernel)[0]
+        assert type(fresh) is torch.Tensor
+
+
+def test_a_loss_and_a_term_that_reads_the_logits_add_up(kernel):
+    z, plain, layer, x = lazy(kernel)
+    both = [
+        torch.autograd.grad(ForCausalLMLoss(t, LABELS, V) + 0.1 * t.pow(2).mean(), (x, layer.weight)) for t in (z, plain.clone())
+    ]
+    assert max(map(relative, *both)) < 1e-5
+
+
+@pytest.mark.parametrize("read", [True, False])
+def test_logits_read_after_the_step_are_those_from_before_or_an_error(kernel, read):
+    z, plain, layer, _ = lazy(kernel)
+    ForCausalLMLoss(z, LABELS, V).backward()
+    if read:
+        assert torch.equal(z.argmax(-1), plain.argmax(-1))
+    torch.optim.SGD(layer.parameters(), 0.1).step()
+    if read:
+        assert torch.equal(z, plain)
+    else:
+        with pytest.raises(RuntimeError, match=r"before optimizer\.step"):
+            z.argmax(-1)
+
+
+def test_the_gradient_at_logits_that_were_never_made_is_refused(kernel):
+    z = lazy(kernel)[0]
+    loss = ForCausalLMLoss(z, LABELS, V)
+    with pytest.raises(RuntimeError, match="gradient at the logits"):
+        z.retain_grad()
+    with pytest.raises(RuntimeError, match="gradient at the logits"):
+        z.register_hook(print)
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(loss, z)
+
+
+def test_autocast_rounds_as_it_would_have(kernel):
+    _, _, layer, x = lazy(kernel)
+    with torch.autocast("cpu", torch.bfloat16):
+        z, plain = kernel.layers.LMHead.forward(layer, x), layer(x)
+        assert z.dtype is plain.dtype is torch.bfloat16
+        loss, want = ForCausalLMLoss(z, LABELS, V), ForCausalLMLoss(plain, LABELS, V)
+    assert not z.known()
+    assert relative(loss, want) < 1e-5
+    leaves = (x, layer.weight)
+    assert max(map(relative, torch.autograd.grad(loss, leaves), torch.autograd.grad(want, leaves))) < TOLERANCES[torch.bfloat16]
+    assert torch.equal(z, plain)
+
+
+def test_where_logits_are_wanted_at_once_the_layer_gives_them(kernel):
+    layer, x = nn.Linear(H, V), torch.randn(2, H)
+    forward = kernel.layers.LMHead.forward
+    with torch.no_grad():
+        assert type(forward(layer, x)) is torch.Tensor
+    assert type(forward(layer.eval(), x)) is torch.Tensor
+    layer.train()
+    assert type(forward(layer.requires_grad_(False), x)) is torch.Tensor
+    layer.requires_grad_(True)
+    layer._is_replica = True
+    assert type(forward(layer, x)) is torch.Tensor
+    del layer._is_replica
+    assert type(torch.func.grad(lambda x: forward(layer, x).sum())(x)) is torch.Tensor
+    compiled = torch.compile(lambda x: forward(layer, x) * 2, backend="eager", fullgraph=True)
+    assert type(compiled(x)) is torch.Tensor
+    assert isinstance(forward(layer, x), kernel.LazyLogits)

@@ -1,0 +1,69 @@
+"""A head is proved together with its loss: logits that are right do not excuse a loss, or a gradient of it, that is not."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tests.proof.zoo import implementation, site
+from torch import nn
+
+from kernelswap.proof import Check
+from kernelswap.types import Run
+
+BUILD = Path(__file__).parents[2] / "src" / "kernelswap" / "bundled" / "loss" / "build" / "torch-universal"
+
+
+@pytest.fixture
+def kernel():
+    spec = importlib.util.spec_from_file_location(
+        "head_under_proof", BUILD / "__init__.py", submodule_search_locations=[str(BUILD)]
+    )
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    yield module
+    for name in [name for name in sys.modules if name.partition(".")[0] == spec.name]:
+        del sys.modules[name]
+
+
+def prove(kernel, dtype=torch.float32):
+    torch.manual_seed(0)
+    head = nn.Linear(32, 100, bias=False, dtype=dtype)
+    candidate = implementation(kernel.layers.LMHead.forward)
+    return Check(None).equivalent(site(head, "head"), head, nn.Linear.forward, candidate, Run(training=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_bundled_head_is_accepted(kernel, dtype):
+    verdict = prove(kernel, dtype)
+    assert verdict.accepted, verdict.reason
+
+
+FAULTS = {
+    "a loss that is off": ("total += F.nll_loss(p", "total += 1.01 * F.nll_loss(p"),
+    "a gradient without the target": ("torch.full_like(p[:, :1], -1.0)", "torch.full_like(p[:, :1], -0.0)"),
+    "a gradient of rows that do not count": ("f.masked_fill_(~live[:, None], 0.0)", "pass"),
+    "a mean over all rows": ("/ count.clamp(min=1)", "/ len(target)"),
+    "a weight's gradient of the first piece alone": (
+        "for start in range(0, rows, step):",
+        "for start in range(0, min(rows, 8), step):",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_head_whose_loss_is_wrong_is_refused_though_its_logits_are_right(kernel, fault):
+    right, wrong = FAULTS[fault]
+    source = (BUILD / "loss.py").read_text()
+    assert source.count(right) == 1
+    broken = {"__name__": "head_under_proof.loss"}
+    exec(
+        compile(source.replace(right, wrong).replace("LEAST = 128", "LEAST = 8").replace("64 << 20", "1"), "loss.py", "exec"),
+        broken,
+    )
+    sys.modules["head_under_proof.lazy"].linear_cross_entropy = broken["linear_cross_entropy"]
+    verdict = prove(kernel)
+    assert not verdict.accepted
+    assert "differs in" in verdict.reason
