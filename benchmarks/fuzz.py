@@ -24,6 +24,7 @@ from pathlib import Path
 from kernelswap import lock, metadata, policy, spec, strict, table, variant
 from kernelswap.buildfile import parse as parse_build
 from kernelswap.errors import KernelSwapError
+from kernelswap.sources import bundle_file, configured, folder_files
 from kernelswap.sources.hub import moved_to
 from kernelswap.sources.hub_client import HubClient
 
@@ -99,6 +100,14 @@ STATUSES = (
     f'kind = "redirect"\ndestination = "org/new"\nrevision = "{COMMIT}"\n',
     'kind = "redirect"\ndestination = "org/new"\n',
 )
+NAMES = {"format": 1, "branches": {"v1": COMMIT}, "tags": {"v1.0": COMMIT}, "asked": {">=1,<2": COMMIT}, "moved": "org/new"}
+FILES = {"format": 1, "files": {"build/torch-cpu/__init__.py": [12, DIGEST], "build/torch-cpu/a/b.so": [1 << 24, DIGEST]}}
+BUNDLE = {
+    "format": 1, "version": "0.1", "model": "org/model", "machines": ["linux x86_64 torch 2.13 cpu"], "publishers": {"org": True},
+    "compiled": {"layers": DIGEST}, "verdicts": {"format": 1, "verdicts": []},
+    "kernels": [{"spec": "org/k@1", "name": "org/k", "commit": COMMIT, "variant": "torch-cpu", "digest": DIGEST, "evidence": [["digest", "fine"]]}],
+}  # fmt: skip  # a sample
+ORDERS = ('[sources]\norder = ["https://mirror.example/k", "hub", "s3://bucket/k"]\nseconds = 30\n',)
 TOKENS = (
     "{", "}", "[", "]", '"', "'", ":", ",", "\\", "/", "//", "://", "@", "|", "..", "../", "\n", "\r\n", "\t", " ", "\0", "null", "true", "NaN", "-1",
     "1e999", "9" * 400, "0", "\u202e", "\ud800", "\U0001f600", "\u0130", "\\u0000", "\\ud800", '"a":1,"a":2', "[" * 40, "{'a':" * 9, "__init__", "__globals__",
@@ -158,6 +167,10 @@ TARGETS = (
     Target("hub listing", as_json(TREE), lambda t: answered(t, lambda: HUB.listing("o/n", COMMIT, tries=1))),
     Target("hub revision", as_json({"sha": COMMIT}), lambda t: answered(t, lambda: HUB.commit_of("o/n", "x", tries=1))),
     Target("hub publisher", as_json({"trustedKernelPublisher": True}), lambda t: answered(t, lambda: HUB.trusts("o", tries=1))),
+    Target("folder names", as_json(NAMES), lambda t: folder_files.parse_names(raw(t))),
+    Target("folder listing", as_json(FILES), lambda t: folder_files.parse_files(raw(t))),
+    Target("bundle", as_json(BUNDLE), lambda t: bundle_file.parse(raw(t))),
+    Target("sources", ORDERS, lambda t: configured.parse(t, where="kernelswap.toml")),
     Target("hub redirect", STATUSES, lambda t: moved_to(raw(t), where="it")),
 )
 

@@ -57,7 +57,7 @@ def test_the_next_one_serves_what_the_first_does_not_have(make_swapper, mirror, 
     swapper = make_swapper()
     assert swapper.load("org/more@1").VALUE == "more"
     (note,) = swapper.find("org/more@1").notes
-    assert note.startswith("the folder ")
+    assert note.startswith("passed over: the folder ")
     assert "has no org/more" in note
 
 

@@ -188,7 +188,7 @@ class TestDirectory(FolderContract):
         assert DirectoryTransport(mirrored).read("org/link", 100) is None
 
     def test_a_folder_that_is_not_there_may_not_be_mounted(self, tmp_path):
-        with pytest.raises(Unreachable, match="there is no directory"):
+        with pytest.raises(Unreachable, match=r"^there is no directory \S+\ncheck the path"):
             FolderSource(transport(str(tmp_path / "none"))).find(Requirement(NAME))
 
 

@@ -63,7 +63,7 @@ def parse(data: bytes) -> About:
         raise BadMetadata(
             f"not of format {FORMAT}", asked=ABOUT, todo="read it with the kernelswap that wrote it, or write it anew"
         )
-    wrong = [f"{key} is unknown" for key in value.keys() - _KEYS.keys() - {"format"}]
+    wrong = [f"{strict.quote(key)} is unknown" for key in value.keys() - _KEYS.keys() - {"format"}]
     found = {}
     for key, check in _KEYS.items():
         if key in value and not check(value[key]):
@@ -170,6 +170,14 @@ class BundleSource(FolderSource):
         BadMetadata: it is no bundle, or damaged.
         """
         return cls(ZipTransport(file.expanduser().absolute()), key="bundle")
+
+    def find(self, requirement: Requirement) -> tuple[Sequence[Candidate], Sequence[str]]:
+        """As every folder; who asks for what is not in it is told what is."""
+        try:
+            return super().find(requirement)
+        except UnknownKernel as e:
+            has = ", ".join(sorted({str(k["spec"]) for k in self.about.kernels})) or "nothing"
+            raise UnknownKernel(e.found, asked=e.asked, todo=f"it has {has}") from e
 
     @property
     def about(self) -> About:

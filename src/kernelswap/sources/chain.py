@@ -53,7 +53,7 @@ class Chain:
                 continue
             for candidate in found:
                 self._origin[candidate] = source
-            return found, (*(f"{n} passed over: {e.reason}" for n, e in failed), *notes)
+            return found, (*(f"passed over: {_said(n, e.reason)}" for n, e in failed), *notes)
         raise self._nobody(requirement, failed)
 
     def read(self, candidate: Candidate, name: str) -> bytes | None:
@@ -116,7 +116,7 @@ class Chain:
         return named[0]
 
     def _nobody(self, requirement: Requirement, failed: Sequence[tuple[str, KernelSwapError]]) -> KernelSwapError:
-        asked, found = f"looking for {requirement}", "\n".join(f"{name}: {e.found}" for name, e in failed)
+        asked, found = f"looking for {requirement}", "\n".join(_said(name, e.found) for name, e in failed)
         if not failed:
             return UnknownKernel("the chain has no source", asked=asked, todo="give it at least one")
         if len(failed) == 1:
@@ -124,6 +124,10 @@ class Chain:
         if all(isinstance(e, UnknownKernel) for _, e in failed):
             return UnknownKernel(found, asked=asked, todo="check the name and the version")
         return Unreachable(found, asked=asked, todo="check the connection, or add a source that can be reached")
+
+
+def _said(name: str, text: str) -> str:
+    return text if " " in name and name in text else f"{name}: {text}"  # a folder says itself which it is
 
 
 def _name(source: Source) -> str:

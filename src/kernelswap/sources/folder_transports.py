@@ -73,10 +73,10 @@ class DirectoryTransport:
     def _file(self, path: str) -> Path | None:
         """A regular file inside, links followed as far as they stay inside."""
         file = self.root / path
+        if not self.root.is_dir():
+            raise Unreachable(f"there is no directory {self.root}", todo="check the path, and whether it is mounted")
         try:
             real, root = file.resolve(), self.root.resolve()
-            if not self.root.is_dir():
-                raise Unreachable(f"there is no directory {self.root}", todo="check the path, and whether it is mounted")
             return real if real.is_relative_to(root) and real.is_file() else None
         except OSError as e:
             raise Unreachable(f"{self.where} cannot be read: {e}", todo="check it, and its permissions") from e
