@@ -22,7 +22,7 @@ SHAPES = ((1, 1), (3, 5, 37), (2, 128), (7, 4099), (33, 1024))
 """One element; a row shorter than any vector's multiple; a multiple of all; prime and long; enough rows for every piece."""
 CLOSE = {torch.float64: 1e-6, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 """To an original that rounds between its operations; the originals of norms compute in float32 at most."""
-LAYERS = ("RMSNorm", "RMSNormZeroCentered", "LayerNorm", "SwiGLUMLP", "GeGLUMLP", "SiLU", "GELU", "GELUTanh", "NewGELU", "FastGELU", "QuickGELU")  # fmt: skip
+LAYERS = ("RMSNorm", "RMSNormZeroCentered", "LayerNorm", "SwiGLUMLP", "GeGLUMLP", "GEGLU", "SwiGLU", "LinearGELU", "LinearQuickGELU", "SiLU", "GELU", "GELUTanh", "NewGELU", "FastGELU", "QuickGELU")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -180,6 +180,37 @@ def swapped(module, layer):
     return twin
 
 
+class Projected(nn.Module):
+    """diffusers' forms, written out: one projection, then a gate made of its half, or an activation."""
+
+    def __init__(self, width=64, approximate="none"):
+        super().__init__()
+        self.proj, self.approximate = nn.Linear(64, width), approximate
+
+
+class Geglu(Projected):
+    def forward(self, hidden_states, *args, **kwargs):
+        half, gate = self.proj(hidden_states).chunk(2, dim=-1)
+        return half * nn.functional.gelu(gate)
+
+
+class Swiglu(Projected):
+    def forward(self, hidden_states):
+        half, gate = self.proj(hidden_states).chunk(2, dim=-1)
+        return half * nn.functional.silu(gate)
+
+
+class Gelu(Projected):
+    def forward(self, hidden_states):
+        return nn.functional.gelu(self.proj(hidden_states), approximate=self.approximate)
+
+
+class QuickGelu(Projected):
+    def forward(self, x):
+        x = self.proj(x)
+        return x * torch.sigmoid(1.702 * x)
+
+
 def originals():
     config = LlamaConfig(hidden_size=64, intermediate_size=192)
     gelu_config = LlamaConfig(hidden_size=64, intermediate_size=192, hidden_act="gelu_pytorch_tanh")
@@ -195,6 +226,11 @@ def originals():
         ("LayerNorm", nn.LayerNorm((300, 64))),
         ("SwiGLUMLP", LlamaMLP(config)),
         ("GeGLUMLP", LlamaMLP(gelu_config)),
+        ("GEGLU", Geglu(128)),
+        ("SwiGLU", Swiglu(128)),
+        ("LinearGELU", Gelu()),
+        ("LinearGELU", Gelu(approximate="tanh")),
+        ("LinearQuickGELU", QuickGelu()),
         ("SiLU", nn.SiLU()),
         ("SiLU", SiLUActivation()),
         ("GELU", nn.GELU()),
