@@ -61,3 +61,10 @@ def test_a_page_that_cannot_be_written_is_one_sentence(call, warm_cache, minilm,
     err = call("explain", minilm, *PART, "--cache", warm_cache, "--html", tmp_path / "no" / "a.html", code=exits.USAGE).err
     assert "cannot be written" in err
     assert "--html" in err
+
+
+def test_a_choice_that_was_measured_is_asked_for_by_name(call, warm_cache, minilm):
+    argv = ("explain", minilm, *PART, "--cache", warm_cache, "--json", "--choose")
+    data = json.loads(call(*argv, "measured").out)
+    assert all("measured" in o["inference"] for o in data["outcomes"] if o["swapped"])
+    call(*argv, "luck", code=exits.USAGE)

@@ -28,6 +28,7 @@ def test_every_site_every_kind_every_kernel_every_module_is_there(measured, fact
     assert sum(k["serving"] for k in facts["kinds"]) == 9
     assert len(kernel["digest"]) == 64
     assert facts["machine"]["backend"]
+    assert facts["model"]["attention"] == "sdpa"
 
 
 def test_what_real_tensors_refused_is_told_with_the_size_of_the_error(facts):

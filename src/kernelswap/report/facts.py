@@ -70,15 +70,17 @@ def now(outcome: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 def _model(model: nn.Module | None, name: str) -> dict[str, Any]:
     if model is None:
-        return {"name": name, "class": None, "parameters": None, "dtype": None, "device": None}
+        return {"name": name, "class": None, "parameters": None, "dtype": None, "device": None, "attention": None}
     tensor = next((p for p in model.parameters() if p.is_floating_point()), None)
     family = _class(model)
+    setting = getattr(getattr(model, "config", None), "_attn_implementation", None)  # as Transformers calls it
     return {
         "name": name or family,
         "class": family,
         "parameters": sum(p.numel() for p in model.parameters()),
         "dtype": str(tensor.dtype).removeprefix("torch.") if tensor is not None else None,
         "device": str(tensor.device) if tensor is not None else None,
+        "attention": setting if isinstance(setting, str) else None,
     }
 
 

@@ -64,12 +64,9 @@ def _span(found: Sequence[float]) -> str:
 def sections(facts: Facts) -> str:
     """What the lists of sites do not say: the model, what was measured, refusals, kernels and their evidence, the machine."""
     model, observed = facts["model"], facts["observed"] or {}
-    about = [
-        model["class"],
-        f"{count(model['parameters'])} parameters" if model["parameters"] else "",
-        model["dtype"],
-        model["device"],
-    ]
+    size = f"{count(model['parameters'])} parameters" if model["parameters"] else ""
+    attention = f"attention by {model['attention']}" if model["attention"] else ""
+    about = [model["class"], size, model["dtype"], model["device"], attention]
     parts = [
         [f"{model['name'] or 'a model'}: {', '.join(filter(None, about))}; kernelswap {facts['kernelswap']}", headline(facts)]
     ]

@@ -38,6 +38,10 @@ def command(
     dtype: Dtype = "auto",
     only: Only = None,
     skip: Skip = None,
+    choose: Annotated[
+        str,
+        typer.Option("--choose", help="table, or measured: what `kernelswap bench` found to be the fastest here.", metavar="HOW"),
+    ] = "table",
     sbom: Annotated[
         Path | None,
         typer.Option("--sbom", help="Write the kernels that would serve as a bill of materials (CycloneDX 1.6).", metavar="FILE"),
@@ -71,7 +75,7 @@ def command(
         report("loading the model", 0, 0)
         loaded = subject.load(model, device=where(device), dtype=dtype, offline=offline or bundle is not None)
         report("loading the model", 1, 1)
-        options: dict[str, Any] = {"only": only, "skip": skip, "build": "wait", "progress": report}
+        options: dict[str, Any] = {"only": only, "skip": skip, "build": "wait", "choose": choose, "progress": report}
         swapper = session.swapper(cache=cache, offline=offline, bundle=bundle)
         outcomes = swapper.plan(loaded.model, **options)
         if measure:
