@@ -139,3 +139,40 @@ def test_where_nothing_can_be_written_each_asks_for_itself(tmp_path):
     with job.turn(wanted):
         job.agree(wanted, [Candidate(wanted, "hub", "org/kernel", "c" * 40, "torch-cpu")])
     assert job.agreed(wanted) is None
+
+
+def test_under_torchrun_the_hub_hears_what_it_hears_from_one_process(hub, tmp_path):
+    """For real: two ranks that torch's own launcher starts."""
+    pytest.importorskip("torch")
+    script = tmp_path / "rank.py"
+    script.write_text(
+        RANK.replace("print(", "import os\n    print(os.environ['RANK'], ", 1).replace('end=""', 'end="\\n", flush=True', 1)
+    )
+    environ = {k: v for k, v in os.environ.items() if k not in {"RANK", "LOCAL_RANK", "WORLD_SIZE", "HF_HUB_OFFLINE"}}
+
+    def run(n):
+        hub.log.clear()
+        place = tmp_path / f"of-{n}"
+        place.mkdir()
+        more = {"HF_ENDPOINT": hub.url, "HF_HUB_CACHE": str(place / "hf"), "XDG_CONFIG_HOME": str(place), "HOME": str(place)}
+        launcher = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={n}",
+            script,
+            place / "cache",
+        ]
+        done = subprocess.run(launcher, cwd=place, env={**environ, **more}, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return dict(line.split() for line in done.stdout.splitlines()), hub.requests()
+
+    hub.organization("org", trusted=True)
+    hub.repo("org/kernel").branch("v1", kernel_files("torch-cpu", "VALUE = 1", name="kernel"))
+    alone, for_one = run(1)
+    both, for_two = run(2)
+    assert set(both) == {"0", "1"}
+    assert set(both.values()) == {alone["0"]}
+    assert len(alone["0"]) == 64
+    assert len(for_two) == len(for_one)

@@ -247,7 +247,8 @@ def test_what_a_commit_holds_is_asked_for_once_and_names_again_after_a_while(ser
     later = source()
     later.read(later.find(Requirement(NAME, version=1))[0][0], "metadata.json")
     assert [path for path, _ in served.asked[3:]] == [f"/{NAME}/refs.json"]
-    later.read(later.find(Requirement(NAME, revision=candidate.commit))[0][0], "metadata.json")
+    pinned = source()
+    pinned.read(pinned.find(Requirement(NAME, revision=candidate.commit))[0][0], "metadata.json")
     assert len(served.asked) == 4
 
 

@@ -119,8 +119,12 @@ class FolderSource:
             Unreachable: the folder did not answer, and never did for this kernel.
             NotCached: offline, and it was not asked for before.
         """
-        asked = f"looking for {requirement}"
-        name, names = requirement.name, self._names(requirement.name, requirement)
+        asked, name = f"looking for {requirement}", requirement.name
+        if requirement.revision is not None and COMMIT.fullmatch(requirement.revision):  # no name of it has to be asked for
+            files = self._files(name, requirement.revision, requirement)
+            if files is not None:
+                return self._builds(requirement, name, requirement.revision, files), ()
+        names = self._names(name, requirement)
         commit = names.commit(requirement)
         notes = [self._lately.notes[name]] if name in self._lately.notes else []
         if names.moved is not None and commit is not None:
@@ -134,10 +138,10 @@ class FolderSource:
                 asked=asked,
                 todo="ask for one of these",
             )
-        found = tuple(
-            Candidate(requirement, self.key, name, commit, v) for v in variants(files) if strict.path_problem(v) is None
-        )
-        return found, tuple(notes)
+        return self._builds(requirement, name, commit, files), tuple(notes)
+
+    def _builds(self, requirement: Requirement, name: str, commit: str, files: Files) -> tuple[Candidate, ...]:
+        return tuple(Candidate(requirement, self.key, name, commit, v) for v in variants(files) if strict.path_problem(v) is None)
 
     def refs(self, name: str) -> Refs:
         """Branches and tags that the folder knows.
