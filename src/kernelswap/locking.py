@@ -258,6 +258,15 @@ def history(folder: Path, cache: Path) -> list[Kept]:
     return found
 
 
+def before(folder: Path, cache: Path, now: Lock) -> list[Kept]:
+    """Of the history, what differs from `now`: newest first, and each once."""
+    found: list[Kept] = []
+    for kept in history(folder, cache):
+        if kept.lock not in [now, *(other.lock for other in found)]:
+            found.append(kept)
+    return found
+
+
 def _keep(lock: Lock, folder: Path, cache: Path) -> None:
     shelf = _shelf(folder, cache)
     try:

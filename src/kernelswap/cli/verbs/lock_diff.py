@@ -37,7 +37,7 @@ def command(
     else:
         new = read(first)
         folder = first if first.is_dir() else first.parent
-        kept = [k for k in locking.history(folder, session.cache_of(cache)) if k.lock != new]
+        kept = locking.before(folder, session.cache_of(cache), new)
         if not kept:
             raise KernelSwapError(f"no other lock of {folder.resolve()} is kept on this machine", todo="Name two locks.")
         old, names = kept[0].lock, [session.moment(kept[0].at), str(first)]
@@ -62,6 +62,6 @@ def read(path: Path) -> Lock:
     elif path.is_file():
         found = locks.parse(path.read_bytes(), what=str(path))
     if found is None:
-        what = f"no {locking.OURS} or {locking.THEIRS} in" if path.is_dir() else "no"
+        what = f"no {locking.OURS} or {locking.THEIRS} in" if path.is_dir() else "no file"
         raise KernelSwapError(f"there is {what} {path}", todo="`kernelswap lock` writes locks.")
     return found

@@ -32,7 +32,7 @@ def command(
 
     at = session.cache_of(cache)
     now = locking.former(project) or locks.Lock()
-    kept = [k for k in locking.history(project, at) if k.lock != now]
+    kept = locking.before(project, at, now)
     if not kept:
         raise KernelSwapError(
             f"no other lock of {project.resolve()} is kept on this machine",
@@ -45,10 +45,13 @@ def command(
         lines = [line for r in rows for line in (f"{r['n']}  replaced {r['replaced']}", *(f"     {c}" for c in r["changes"]))]
         return Answer({"locks": rows}, plain("\n".join(lines)))
     if to > len(kept):
-        raise KernelSwapError(f"{len(kept)} locks are kept", asked=f"going back to number {to}", todo="`--list` shows them.")
+        raise KernelSwapError(
+            f"{len(kept)} other locks are kept", asked=f"going back to number {to}", todo="`--list` shows them."
+        )
     back = kept[to - 1]
     theirs = (project / locking.THEIRS).is_file() or not (project / locking.OURS).is_file()
     files = [str(path) for path in locking.write(back.lock, project, theirs=theirs, cache=at)]
     changes = locks.diff(now, back.lock)
-    lines = [*changes, f"wrote {' and '.join(files)}, as it was until {session.moment(back.at)}"]
+    were = "as they were" if len(files) > 1 else "as it was"
+    lines = [*changes, f"wrote {' and '.join(files)}, {were} until {session.moment(back.at)}"]
     return Answer({"files": files, "changes": changes, "replaced": session.moment(back.at)}, plain("\n".join(lines)))
