@@ -49,6 +49,32 @@ def test_a_float32_weight_gives_the_dtype_that_torch_promotes_to(layers, launche
     assert launches
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("shape", [(3, 7, 100), (1, 1, 128), (70, 33), (2, 1, 2049)], ids=str)
+def test_residual_sum_and_its_norm_in_one_launch(layers, launches, dtype, shape, offset):
+    x, d, w = torch.randn(shape, dtype=dtype), torch.randn(shape, dtype=dtype), torch.randn(shape[-1], dtype=dtype)
+    f = layers.rms_norm.add_rms_norm
+    error = both(lambda x, d, w: f(x, d, w, 1e-6, offset), lambda x, d, w: (x + d, rms(x + d, w, offset)), (x, d, w))
+    assert error < 1.5 * TOLERANCES[dtype]
+    s, y = f(x, d, w, 1e-6, offset)
+    assert relative(s, x + d) < 1e-7 or dtype is torch.bfloat16  # rounded as torch rounds; the interpreter cuts bfloat16 off
+    assert relative(y, rms(s.double(), w.double(), offset)) < TOLERANCES[dtype]
+    assert launches == ["_add_forward", "_backward", "_sum_partials", "_add_forward"]
+
+
+def test_residual_sums_of_any_strides_and_either_gradient_alone(layers, launches):
+    f = layers.rms_norm.add_rms_norm
+    x, d, w = torch.randn(48, 5).t(), torch.randn(5, 96)[:, ::2], torch.randn(48)
+    assert both(lambda x, d, w: f(x, d, w, 1e-6), lambda x, d, w: (x + d, rms(x + d, w)), (x, d, w)) < 1e-5
+    assert both(lambda x, d, w: f(x, d, w, 1e-6)[1], lambda x, d, w: rms(x + d, w), (x, d, w)) < 1e-5
+    assert both(lambda x, d: f(x, d, w, 1e-6)[0], lambda x, d: x + d, (x, d)) < 1e-5
+    assert launches
+    with pytest.raises(RuntimeError):
+        f(torch.randn(3, 48), torch.randn(2, 48), w, 1e-6)
+    assert f(torch.empty(0, 48), torch.empty(0, 48), w, 1e-6)[1].shape == (0, 48)
+
+
 def test_small_rows_are_not_lost_in_eps(layers):
     x, w = torch.randn(4, 64) * 1e-4, torch.randn(64)
     assert relative(layers.rms_norm.rms_norm(x, w, 1e-12), rms(x.double(), w.double(), eps=1e-12)) < 1e-5
@@ -226,6 +252,11 @@ def test_second_derivatives_are_those_of_the_formula(layers, launches):
     norm, glu, rope = layers.rms_norm, layers.glu, layers.rope
     for f, g, inputs in (
         (lambda x, w: norm.rms_norm(x, w, 1e-6), rms, (torch.randn(5, 16), w)),
+        (
+            lambda x, d, w: norm.add_rms_norm(x, d, w, 1e-6),
+            lambda x, d, w: (x + d, rms(x + d, w)),
+            (torch.randn(5, 16), torch.randn(5, 16), w),
+        ),
         (glu.act_mul, glu.formula, (torch.randn(5, 16), torch.randn(5, 16))),
         (lambda q, k: rope.rope(q, k, cos, sin), lambda q, k: rope.formula(q, k, cos.to(q), sin.to(q)), (q, k)),
         (

@@ -182,6 +182,56 @@ def _run(x: Tensor, weight: Tensor, eps: float, offset: int) -> Tensor:
     return y
 
 
+def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float, offset: int = 0) -> tuple[Tensor, Tensor]:
+    """The residual stream after a block, and its norm: s = x + delta rounded as torch rounds it, and `rms_norm(s)`.
+
+    x, delta (..., N) of one shape and dtype, weight (N,) -> (s, y), both (..., N), contiguous. Inputs are not written.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or type(x) not in _PLAIN
+        or type(delta) not in _PLAIN
+        or type(weight) not in _PLAIN
+        or x.dtype is not delta.dtype
+        or x.shape != delta.shape
+        or x.device != delta.device
+        or not fits(x, weight)
+    ):
+        return _add_formula(x, delta, weight, eps, offset)
+    if torch.is_grad_enabled() and (x.requires_grad or delta.requires_grad or weight.requires_grad):
+        return _AddRMSNorm.apply(x, delta, weight, eps, offset)  # type: ignore[no-any-return]  # autograd.Function is untyped
+    return _run_add(x, delta, weight, eps, offset)
+
+
+def _add_formula(x: Tensor, delta: Tensor, weight: Tensor, eps: float, offset: int) -> tuple[Tensor, Tensor]:
+    s = x + delta
+    return s, formula(s, weight, eps, offset)
+
+
+def _run_add(x: Tensor, delta: Tensor, weight: Tensor, eps: float, offset: int) -> tuple[Tensor, Tensor]:
+    x, delta = x.contiguous(), delta.contiguous()
+    n = x.shape[-1]
+    rows = x.numel() // n
+    dtype = x.dtype
+    s = torch.empty_like(x)
+    y = torch.empty_like(x, dtype=None if offset else torch.promote_types(dtype, weight.dtype))
+    device = x.get_device()
+    px, pd, pw, ps, py = x.data_ptr(), delta.data_ptr(), weight.data_ptr(), s.data_ptr(), y.data_ptr()
+    key = (dtype, weight.dtype, n, device, rows > 64, offset, (px | pd | pw | ps | py) & 15)
+    found = _adds.get(key)
+    if found is None:
+        block, tile, warps = _tile(n, rows > 64)
+        launch = bind(
+            _add_forward, (x, delta, weight, s, y, 17, 1e-6), device=device, num_warps=warps,
+            N=n, BLOCK=block, ROWS=tile, OFFSET=offset,
+        )  # fmt: skip
+        found = _adds[key] = launch, tile
+    launch, tile = found
+    with torch.cuda.device(device):
+        launch(-(-rows // tile), current_stream(device), px, pd, pw, ps, py, rows, eps)
+    return s, y
+
+
 def _run_backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float, offset: int, ds: Tensor | None) -> tuple[Tensor, Tensor]:
     """dx, dweight. `ds`: gradient of the sum that x is, added to dx."""
     n = x.shape[-1]
@@ -194,7 +244,7 @@ def _run_backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float, offset: int
     dw = torch.empty_like(weight)
     extra = dy if ds is None else ds.contiguous()
     align = (dy.data_ptr() | x.data_ptr() | weight.data_ptr() | extra.data_ptr()) & 15
-    key = (x.dtype, dy.dtype, weight.dtype, n, device, offset, ds is None, align)
+    key = (x.dtype, dy.dtype, extra.dtype, weight.dtype, n, device, offset, ds is None, align)
     found = _backwards.get(key)
     if found is None:
         block = triton.next_power_of_2(n)
@@ -232,3 +282,27 @@ class _RMSNorm(torch.autograd.Function):
             eps, offset = ctx.eps, ctx.offset
             return *differentiable(lambda x, w: formula(x, w, eps, offset), (x, weight), dy), None, None  # type: ignore[return-value]
         return *_run_backward(dy, x, weight, ctx.eps, ctx.offset, None), None, None
+
+
+class _AddRMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, delta: Tensor, weight: Tensor, eps: float, offset: int) -> tuple[Tensor, Tensor]:
+        s, y = _run_add(x, delta, weight, eps, offset)
+        ctx.save_for_backward(s, weight)
+        ctx.eps, ctx.offset = eps, offset
+        return s, y
+
+    @staticmethod
+    def backward(ctx: Any, ds: Tensor, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:  # type: ignore[override]  # torch types *Any
+        s, weight = ctx.saved_tensors
+        if recorded():
+            # written out: s is this function's own output, and autograd inside its backward would wait for itself
+            f = s.float()
+            r = torch.rsqrt(f.pow(2).mean(-1, keepdim=True) + ctx.eps)
+            n = f * r
+            g = dy.float() * (weight.float() + ctx.offset)
+            dx = ds + ((g - n * (g * n).mean(-1, keepdim=True)) * r).to(s.dtype)
+            dw = (dy.float() * n).flatten(0, -2).sum(0).to(weight.dtype)
+        else:
+            dx, dw = _run_backward(dy, s, weight, ctx.eps, ctx.offset, ds)
+        return dx, dx, dw, None, None  # type: ignore[return-value]
