@@ -1,5 +1,10 @@
 """`check=` through the real path: what each mode catches, and what it costs, counted in forwards of the original."""
 
+import os
+import pathlib
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn as nn
@@ -166,3 +171,36 @@ def test_a_verdict_says_what_it_holds_for(world):
         assert (d["dtype"], d["build"], d["layer"]) == ("float32", "torch-cpu", "Norm")
         assert d["original"].endswith("test_every_call.Norm")
         assert torch.__version__ in d["machine"]
+
+
+ORIGINAL = """
+import torch.nn as nn
+
+class Gate(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.kind = "silu"
+
+    def forward(self, x):
+        if self.kind in {"gelu", "silu", "relu", "tanh", "mish", "elu"} and x.ndim not in ({1, 2, 3}, frozenset()):
+            return nn.functional.silu(x)
+        return x
+"""
+
+
+def test_what_a_verdict_holds_for_is_the_same_in_every_process(tmp_path):
+    """Sets have another order in each process; a key that did, too, would make every start a first one."""
+    (tmp_path / "originals.py").write_text(ORIGINAL)
+    code = "import originals; from kernelswap.proof import keys; print(keys._class_code(originals.Gate), keys._code(originals.Gate.forward))"
+    paths = os.pathsep.join([str(tmp_path), str(pathlib.Path(__file__).parents[2] / "src")])
+    said = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={**os.environ, "PYTHONPATH": paths, "PYTHONHASHSEED": seed},
+        ).stdout
+        for seed in ("0", "1", "2")
+    }
+    assert len(said) == 1

@@ -195,4 +195,13 @@ def _feed_code(code: types.CodeType, update: Callable[[bytes], Any]) -> None:
         if isinstance(constant, types.CodeType):
             _feed_code(constant, update)
         else:
-            update(repr(constant).encode())
+            update(_stable(constant).encode())
+
+
+def _stable(constant: Any) -> str:
+    """As `repr`, but the same in every process: the order of a set depends on the process's hash seed."""
+    if isinstance(constant, frozenset):
+        return f"frozenset({sorted(map(_stable, constant))})"
+    if isinstance(constant, tuple):
+        return f"({', '.join(map(_stable, constant))},)"
+    return repr(constant)
