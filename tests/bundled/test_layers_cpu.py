@@ -6,6 +6,7 @@ import pytest
 import torch
 from tests.kernels import load
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig
 from transformers.activations import FastGELUActivation, GELUTanh, NewGELUActivation, QuickGELUActivation, SiLUActivation
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
@@ -465,9 +466,44 @@ def test_compiled_in_one_graph_forward_and_backward(kernel, index):
             torch.testing.assert_close(mine, eager, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("layer", "original", "border"), [("SiLU", nn.SiLU(), "MIN_SILU"), ("GELU", nn.GELU(), "GELU_SMALL")])
-def test_the_border_between_kernel_and_operator_does_not_show(kernel, layer, original, border):
-    at = getattr(kernel.functional, border)
+LONE = {"SiLU": nn.SiLU(), "GELU": nn.GELU(), "GELUTanh": nn.GELU(approximate="tanh")}  # for which torch has one operator
+
+
+def served_by_kernel(kernel, layer, x):
+    """Whether a call runs an operator of the kernel."""
+    seen = []
+
+    class Look(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    module = swapped(LONE[layer], getattr(kernel.layers, layer))
+    with torch.no_grad(), Look():
+        module(x)
+    (found,) = seen
+    return found is kernel.functional.ops.act.default
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_where_torchs_own_operator_is_as_fast_it_serves(kernel, dtype):
+    rules, wide = kernel.functional, torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    for layer, at in (("SiLU", rules.MIN_SILU), ("GELUTanh", rules.MIN_GELU_TANH)):
+        assert not served_by_kernel(kernel, layer, randn(1, dtype=dtype))
+        assert not served_by_kernel(kernel, layer, randn(at - 1, dtype=dtype))
+        assert served_by_kernel(kernel, layer, randn(at, dtype=dtype))
+    upto = rules.GELU_UPTO[dtype]
+    assert (upto > 0) == (wide or dtype is torch.float32)
+    assert not served_by_kernel(kernel, "GELU", randn(1, dtype=dtype))
+    assert served_by_kernel(kernel, "GELU", randn(128, dtype=dtype)) == (upto > 0)
+    assert not served_by_kernel(kernel, "GELU", randn(upto + 1, dtype=dtype))
+    assert not served_by_kernel(kernel, "GELU", randn(128, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("layer", LONE)
+def test_the_border_between_kernel_and_operator_does_not_show(kernel, layer):
+    rules = kernel.functional
+    at = {"SiLU": rules.MIN_SILU, "GELU": rules.GELU_UPTO[torch.float32], "GELUTanh": rules.MIN_GELU_TANH}[layer]
     x = randn(at + 1)
-    module = swapped(original, getattr(kernel.layers, layer))
+    module = swapped(LONE[layer], getattr(kernel.layers, layer))
     torch.testing.assert_close(module(x)[: at - 1], module(x[: at - 1]), rtol=1e-6, atol=1e-6)

@@ -29,8 +29,12 @@ _FORMULAS = tuple(reference.ACTS.values())
 
 # Numbers of elements from which a kernel wins over torch's operators, from benchmarks/LOG.md. RMSNorm and rotary win at one row.
 MIN_RECORDED, MIN_RECORDED_LONE = 16384, 65536  # a Python function costs autograd 10 us more than an operator; lone: one operator
-MIN_SILU, MIN_GELU_TANH = 4096, 1024
-GELU_SMALL, GELU_LARGE = 16384, 16 << 20  # erf-GELU: oneDNN is as fast between, starts slowly, and large results are fresh memory
+MIN_SILU, MIN_GELU_TANH = 8192, 1024
+_WIDE = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+# erf-GELU is oneDNN's where oneDNN has the dtype: it starts slowly, except for one element, and is not caught from GELU_UPTO on;
+# results above GELU_LARGE are fresh memory, in which huge pages make up for it where vectors are wide.
+GELU_UPTO = {torch.float32: 16384 if _WIDE else 4096, torch.bfloat16: 16384 if _WIDE else 0}
+GELU_LARGE = 16 << 20 if _WIDE else 1 << 62
 
 _recording = torch.is_grad_enabled
 _transformed = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)  # noqa: SLF001  # torch.func has no public word for it
@@ -68,8 +72,7 @@ def act(x: Tensor, act: str) -> Tensor:
     if not _served(x):
         return reference.ACTS[act](x)
     if _recording() and x.requires_grad:
-        n = x.numel()
-        if n < (MIN_RECORDED_LONE if act == "silu" else MIN_RECORDED) or (act == "gelu" and n > GELU_SMALL):
+        if act == "gelu" or x.numel() < (MIN_RECORDED_LONE if act == "silu" else MIN_RECORDED):
             return reference.ACTS[act](x)
         return _Act.apply(x, _ACT[act])
     return _act(x, _ACT[act])

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .functional import (
     GELU_LARGE,
-    GELU_SMALL,
+    GELU_UPTO,
     MIN_GELU_TANH,
     MIN_SILU,
     act,
@@ -148,7 +148,9 @@ class SiLU(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # the name of the original's parameter
         """`input` (...) -> (...)."""
-        return act(input, "silu") if input.numel() >= MIN_SILU else _silu(input)
+        if input.numel() < MIN_SILU:
+            return _silu(input)
+        return act(input, "silu")
 
 
 class GELU(nn.Module):
@@ -159,7 +161,8 @@ class GELU(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # the name of the original's parameter
         """`input` (...) -> (...)."""
-        if GELU_SMALL < input.numel() < GELU_LARGE:
+        n = input.numel()
+        if n == 1 or GELU_UPTO.get(input.dtype, 0) < n < GELU_LARGE:
             return _gelu(input)
         return act(input, "gelu")
 
@@ -172,7 +175,9 @@ class GELUTanh(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # the name of the original's parameter
         """`input` (...) -> (...)."""
-        return act(input, "gelu_tanh") if input.numel() >= MIN_GELU_TANH else _gelu(input, approximate="tanh")
+        if input.numel() < MIN_GELU_TANH:
+            return _gelu(input, approximate="tanh")
+        return act(input, "gelu_tanh")
 
 
 class NewGELU(nn.Module):
