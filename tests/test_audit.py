@@ -68,7 +68,7 @@ def test_looking_is_not_loading(make_swapper, make_repo, tmp_path):
 
 
 def test_a_kernel_that_ends_the_process_on_import_is_on_record(make_repo, tmp_path):
-    root = make_repo("deadly", {"torch-cpu": "import os; os._exit(7)"})
+    root = make_repo("deadly", {"torch-universal": "import os; os._exit(7)"})
     command = [sys.executable, "-m", "kernelswap", "load", f"dir://{root}", "--cache", str(tmp_path / "cache"), "--offline"]
     environment = {**os.environ, "XDG_CONFIG_HOME": str(tmp_path / "config"), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, check=False)

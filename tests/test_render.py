@@ -15,6 +15,7 @@ from kernelswap.types import (
     Digest,
     Evidence,
     Implementation,
+    Judged,
     Kept,
     Machine,
     Metadata,
@@ -153,7 +154,13 @@ ARTIFACT = Artifact(
     META,
     evidence=(Evidence("digest", "12 files"),),
 )
-NORM = Implementation("RMSNorm", "module", lambda s, x: x, backward=True, compiles=False, origin=ARTIFACT, reads=("weight",))
+BUILDS = tuple(
+    Judged(replace(ARTIFACT.candidate, variant=variant), why)
+    for variant, why in (("torch-cpu", None), ("torch-universal", None), ("torch-cuda", "built for cuda, this is cpu"))
+)
+NORM = Implementation(
+    "RMSNorm", "module", lambda s, x: x, backward=True, compiles=False, origin=ARTIFACT, reads=("weight",), builds=BUILDS
+)
 
 
 def site(i, layer="RMSNorm", *, training=False):
@@ -167,7 +174,9 @@ def good(kernel, original):
 
 
 def swap(i, kernel=1e-7, original=2e-7, **more):
-    choice = Choice(NORM, passed=(("other/norm@1:N", "is for cuda, this is cpu"),), verdict=good(kernel, original))
+    choice = Choice(
+        NORM, passed=(("other/norm@1:N", "is for cuda, this is cpu"),), verdict=good(kernel, original), later=("third/norm@2:N",)
+    )
     return Swap(site(i, **more), inference=choice, training=choice)
 
 
@@ -218,18 +227,29 @@ def test_the_long_form_is_one_block_for_each_module():
     assert render.outcomes([swap(0, training=True), HALF, KEPT], long=True, calls={"model.layers.0.norm": 2}).splitlines() == [
         "model.layers.0.norm: RMSNorm, pkg.mod.Qwen3RMSNorm, cpu, torch.float32",
         "  inference: kernelswap/layers:RMSNorm (torch-cpu)",
+        "    chosen as candidate 2 of 3, the first that serves inference here; build torch-cpu, the best of 2 that fit",
         "    from bundled layers at c0ffeec0ffee, digest dddddddddddd",
         "    checked: as accurate as the original; error 1.0e-07, original 2.0e-07",
         "    passed over other/norm@1:N: is for cuda, this is cpu",
+        "    not tried, since this serves: third/norm@2:N",
+        "    build torch-universal not taken: fits, but torch-cpu is preferred",
+        "    build torch-cuda not taken: built for cuda, this is cpu",
         "  training (now): kernelswap/layers:RMSNorm (torch-cpu)",
+        "    chosen as candidate 2 of 3, the first that serves training here; build torch-cpu, the best of 2 that fit",
         "    from bundled layers at c0ffeec0ffee, digest dddddddddddd",
         "    checked: as accurate as the original; error 1.0e-07, original 2.0e-07",
         "    passed over other/norm@1:N: is for cuda, this is cpu",
+        "    not tried, since this serves: third/norm@2:N",
+        "    build torch-universal not taken: fits, but torch-cpu is preferred",
+        "    build torch-cuda not taken: built for cuda, this is cpu",
         "  calls served: 2",
         "model.layers.9.norm: RMSNorm, pkg.mod.Qwen3RMSNorm, cpu, torch.float32",
         "  inference (now): kernelswap/layers:RMSNorm (torch-cpu)",
+        "    chosen as the only candidate; build torch-cpu, the best of 2 that fit",
         "    from bundled layers at c0ffeec0ffee, digest dddddddddddd",
         "    checked: agrees with the original; 457 us, original 2 ms",
+        "    build torch-universal not taken: fits, but torch-cpu is preferred",
+        "    build torch-cuda not taken: built for cuda, this is cpu",
         "  training: the original",
         "    passed over a/b:N: has no backward",
         "    passed over a/b:N: has no backward",
@@ -268,8 +288,9 @@ def test_outcomes_as_json_have_everything():
         "dtype": "torch.float32",
         "mode": "inference",
         "name": None,
+        "active": "kernelswap/layers:RMSNorm (torch-cpu)",
         "swapped": True,
-        "inference": plain[0]["training"],
+        "inference": {**plain[0]["training"], "why": plain[0]["training"]["why"].replace("training", "inference")},
         "training": {
             "implementation": {
                 "spec": "kernelswap/layers:RMSNorm",
@@ -287,7 +308,12 @@ def test_outcomes_as_json_have_everything():
                 "backward": True,
                 "compiles": False,
                 "reads": ["weight"],
+                "other_builds": [
+                    {"variant": "torch-universal", "why": "fits, but torch-cpu is preferred"},
+                    {"variant": "torch-cuda", "why": "built for cuda, this is cpu"},
+                ],
             },
+            "why": "candidate 2 of 3, the first that serves training here; build torch-cpu, the best of 2 that fit",
             "verdict": {
                 "accepted": True,
                 "reason": "as accurate as the original: error 1.0e-07, original 2.0e-07",
@@ -300,11 +326,14 @@ def test_outcomes_as_json_have_everything():
             },
             "measured": [],
             "passed": [{"spec": "other/norm@1:N", "why": "is for cuda, this is cpu"}],
+            "not_tried": ["third/norm@2:N"],
         },
         "calls": 2,
     }
     assert plain[1]["training"]["implementation"] is None
     assert plain[1]["training"]["verdict"] is None
+    assert plain[1]["training"]["why"] is None
+    assert plain[2]["active"] == "the original"
     assert plain[1]["calls"] == 0
     assert (plain[2]["swapped"], plain[2]["reason"]) == (False, "has a LoRA adapter")
     assert render.outcomes_json(rows)[0]["calls"] is None

@@ -167,7 +167,8 @@ class _Planner:
         allowed, passed = _allowed(uses, run)
         asked = []
         accepted: list[tuple[str, Implementation, Verdict]] = []
-        for use in allowed:
+        later: tuple[str, ...] = ()
+        for i, use in enumerate(allowed, 1):
             try:
                 found = self.judge(use, site, module, run, asked)
             except Refused:
@@ -180,12 +181,13 @@ class _Planner:
                 continue
             accepted.append((use.spec, *found))
             if self.wish.chooser is None:
+                later = tuple(one.spec for one in allowed[i:])
                 break
         best = Choice(accepted[0][1], verdict=accepted[0][2]) if accepted else Choice(None)
         if self.wish.chooser is not None and self.takes_any(site, module):
             best = self.wish.chooser.choose(site, module, _original(site, module), accepted, run)
             passed += [_Passed(MEASURED, spec, why) for spec, why in best.passed]
-        choice = replace(best, passed=tuple((p.spec, p.why) for p in passed))
+        choice = replace(best, passed=tuple((p.spec, p.why) for p in passed), later=later)
         known.append((choice, passed, asked))
         return choice, passed
 

@@ -48,6 +48,7 @@ from .types import (
     Artifact,
     Candidate,
     Implementation,
+    Judged,
     Kernel,
     Machine,
     Metadata,
@@ -125,6 +126,7 @@ class Provider:
         self._terms = Terms()  # of the call that holds the lock
         self._kernels: dict[tuple[Requirement, str | None], Kernel] = {}
         self._implementations: dict[tuple[str, str, SiteKind], Implementation] = {}
+        self._judged: dict[tuple[str, str, str, str], tuple[Judged, ...]] = {}
 
     @property
     def machine(self) -> Machine:
@@ -209,6 +211,7 @@ class Provider:
                 raise SpecError("a layer must be named", text=text, span=(len(text), len(text)), todo=f"{text}:RMSNorm, say")
             kernel = self.kernel(text, device=device, terms=terms)
             found = layers.function(kernel, layer) if kind == "function" else layers.implementation(kernel, layer)
+            found = replace(found, builds=self._judged.get(_bytes_of(kernel.artifact.candidate), ()))
             if kernel.artifact.candidate.source in MEMOISED:
                 self._implementations[text, device, kind] = found
             return found
@@ -294,6 +297,7 @@ class Provider:
         below = tuple(self._artifact(child) for child in node.depends)
         chosen, metadata = node.resolution.chosen, node.resolution.metadata
         assert chosen is not None and metadata is not None  # noqa: PT018  # `_node` raised otherwise
+        self._judged[_bytes_of(chosen)] = node.resolution.judged
         source = self.source(node.resolution.requirement)
         trust = self._terms.trust
         verifiers = [replace(v, trust=trust) if trust and isinstance(v, PublisherVerifier) else v for v in self.verifiers]
@@ -383,6 +387,11 @@ def _verifiers(environment: Environment, source: Source | None, policy: Policy, 
 
 def _machine_for(machine: Machine, device: str | None) -> Machine:
     return machines.for_backend(machine, "cpu") if device == "cpu" else machine
+
+
+def _bytes_of(candidate: Candidate) -> tuple[str, str, str, str]:
+    """The build, whatever was asked for when it was found."""
+    return candidate.source, candidate.name, candidate.commit, candidate.variant
 
 
 def _metadata(source: Source, candidate: Candidate) -> Metadata:

@@ -3,12 +3,27 @@
 Each `x` has an `x_json` that returns what `json.dumps` takes.
 """
 
+# long: a value's text and its JSON stand side by side, so that one is not changed without the other.
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from .types import Artifact, Candidate, Choice, Kept, Machine, Metadata, Outcome, Requirement, Resolution, Swap, Verdict
+from .types import (
+    Artifact,
+    Candidate,
+    Choice,
+    Implementation,
+    Kept,
+    Machine,
+    Metadata,
+    Outcome,
+    Requirement,
+    Resolution,
+    Swap,
+    Verdict,
+)
 
 _CHOSEN = "chosen"
 _FITS = "fits"
@@ -261,6 +276,8 @@ def _block(row: Outcome, calls: Mapping[str, int] | None) -> str:
         now = " (now)" if site.training is (side == "training") else ""
         lines.append(f"  {side}{now}: {_by(choice)}")
         if choice.implementation is not None:
+            lines.append(f"    chosen as {why_chosen(choice, side)}")
+        if choice.implementation is not None:
             a = choice.implementation.origin
             lines.append(
                 f"    from {a.candidate.source} {a.candidate.name} at {short(a.candidate.commit)}, digest {short(a.digest)}"
@@ -268,9 +285,38 @@ def _block(row: Outcome, calls: Mapping[str, int] | None) -> str:
         lines += [f"    {text}" for text in ([_verdict(choice.verdict)] if choice.verdict is not None else [])]
         lines += [f"    {measured(choice)}"] if choice.measured else []
         lines += [f"    passed over {spec}: {why}" for spec, why in choice.passed]
+        lines += [f"    not tried, since this serves: {spec}" for spec in choice.later]
+        lines += [f"    build {variant} not taken: {why}" for variant, why in _other_builds(choice.implementation)]
     if calls is not None:
         lines.append(f"  calls served: {calls.get(site.path, 0)}")
     return "\n".join(lines)
+
+
+def why_chosen(choice: Choice, side: str) -> str:
+    """Why this candidate and this build: `candidate 2 of 3, the first that serves inference here; build X, the only one that fits`."""
+    count = len(choice.passed) + 1 + len(choice.later)
+    if choice.measured:
+        which = "the fastest that was measured"
+    elif count == 1:
+        which = "the only candidate"
+    else:
+        which = f"candidate {len(choice.passed) + 1} of {count}, the first that serves {side} here"
+    fit = [j for j in choice.implementation.builds if j.rejected is None] if choice.implementation is not None else []
+    if not fit:
+        return which
+    return f"{which}; build {fit[0].candidate.variant}, {f'the best of {len(fit)} that fit' if len(fit) > 1 else 'the only one that fits'}"
+
+
+def _other_builds(found: Implementation | None) -> list[tuple[str, str]]:
+    """Builds that were considered and not taken, with the reason."""
+    if found is None:
+        return []
+    chosen = next((j for j in found.builds if j.rejected is None), None)
+    return [
+        (j.candidate.variant, j.rejected or f"fits, but {chosen.candidate.variant} is preferred")
+        for j in found.builds
+        if chosen is not None and j is not chosen
+    ]
 
 
 def _outcome_json(row: Outcome, calls: Mapping[str, int] | None) -> dict[str, Any]:
@@ -286,17 +332,18 @@ def _outcome_json(row: Outcome, calls: Mapping[str, int] | None) -> dict[str, An
         "name": s.name or None,
     }
     if isinstance(row, Kept):
-        return {**site, "swapped": False, "reason": row.reason, "passed": _passed(row.passed)}
+        return {**site, "active": "the original", "swapped": False, "reason": row.reason, "passed": _passed(row.passed)}
     return {
         **site,
+        "active": _by(row.serving(training=s.training)),
         "swapped": True,
-        "inference": _choice_json(row.inference),
-        "training": _choice_json(row.training),
+        "inference": _choice_json(row.inference, "inference"),
+        "training": _choice_json(row.training, "training"),
         "calls": calls.get(s.path, 0) if calls is not None else None,
     }
 
 
-def _choice_json(choice: Choice) -> dict[str, Any]:
+def _choice_json(choice: Choice, side: str) -> dict[str, Any]:
     found = choice.implementation
     return {
         "implementation": None
@@ -308,10 +355,13 @@ def _choice_json(choice: Choice) -> dict[str, Any]:
             "backward": found.backward,
             "compiles": found.compiles,
             "reads": list(found.reads),
+            "other_builds": [{"variant": variant, "why": why} for variant, why in _other_builds(found)],
         },
+        "why": why_chosen(choice, side) if found is not None else None,
         "verdict": verdict_json(choice.verdict) if choice.verdict is not None else None,
         "measured": [{"size": s, "serves": by or None, "speedup": times} for s, by, times in choice.measured],
         "passed": _passed(choice.passed),
+        "not_tried": list(choice.later),
     }
 
 

@@ -301,6 +301,9 @@ class Implementation:
         parts = dict.fromkeys(self.parts or (self,))
         return tuple(p for p in parts if p is not None and p.origin.candidate.source != "torch")
 
+    builds: tuple[Judged, ...] = field(default=(), repr=False, compare=False)
+    """What was considered when the build was chosen, best first."""
+
     def cannot(self, run: Run) -> str | None:
         """Why this cannot serve `run`, or `None`."""
         if run.training and not self.backward:
@@ -382,6 +385,8 @@ class Choice:
     measured: tuple[tuple[str, str, float | None], ...] = ()
     """Where a measurement chose: `(size of the call, what serves it, times faster than the original)`. What serves is a spec,
     empty for the original; the last is None where nothing was measured and the table decided."""
+    later: tuple[str, ...] = ()
+    """Specs that come after what serves and were not tried."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -203,6 +203,24 @@ def test_explain_all_names_every_module(call, warm_cache):
     text = call("explain", minilm(), "--cache", warm_cache, "--all", "--only", "encoder.layer.3.*").out
     assert "encoder.layer.3.attention.output.LayerNorm" in text
     assert "skipped by you" in text
+    assert "chosen as candidate 1 of" in text or "chosen as the only candidate" in text
+    assert "build torch-cuda not taken: built for cuda, this is cpu" in text
+
+
+def test_explain_as_json_says_everything_of_each_module(call, warm_cache):
+    sites = json.loads(call("explain", minilm(), "--cache", warm_cache, "--json", "--device", "cpu").out)["outcomes"]
+    norm = next(s for s in sites if s["path"] == "encoder.layer.3.attention.output.LayerNorm")
+    now = norm[norm["mode"]]
+    kernel = now["implementation"]
+    assert norm["active"] == f"kernelswap/layers:LayerNorm ({kernel['variant']})"
+    assert (norm["device"], norm["mode"], kernel["source"], kernel["name"]) == ("cpu", "inference", "bundled", "layers")
+    assert kernel["commit"].startswith("local-")
+    assert len(kernel["digest"]) == 64
+    assert kernel["other_builds"] == [{"variant": "torch-cuda", "why": "built for cuda, this is cpu"}]
+    assert kernel["variant"] in now["why"]
+    assert now["verdict"]["accepted"]
+    assert {"passed", "not_tried"} <= now.keys()
+    assert {s["active"] for s in sites if not s["swapped"]} <= {"the original"}
 
 
 def test_explain_writes_a_bill_of_materials(call, warm_cache, tmp_path):
