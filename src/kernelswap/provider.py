@@ -390,7 +390,6 @@ def _machine_for(machine: Machine, device: str | None) -> Machine:
 
 
 def _bytes_of(candidate: Candidate) -> tuple[str, str, str, str]:
-    """The build, whatever was asked for when it was found."""
     return candidate.source, candidate.name, candidate.commit, candidate.variant
 
 
