@@ -161,6 +161,7 @@ def test_a_site_opens_to_its_reasons_and_verdicts_by_mouse_and_by_keyboard(show,
     site = next(o for o in facts["outcomes"] if o["path"] == "model.norm")
     assert site["inference"]["verdict"]["reason"] in told
     assert site["inference"]["implementation"]["digest"][:12] in told
+    assert site["inference"]["why"] in told, "why this candidate and this build"
     assert "training" in told
     row.click()
     assert tab.locator(".more").count() == 0

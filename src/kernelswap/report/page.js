@@ -191,6 +191,7 @@
     return element("div", {}, element("h4", {}, title), list([
       ["served by", i ? spec(i) : "the original"],
       ["build", i ? i.variant : null],
+      ["chosen as", c.why],
       ["from", i ? i.source + ", commit " + i.commit.slice(0, 12) : null],
       ["digest", i ? element("code", { title: i.digest }, i.digest.slice(0, 12)) : null],
       [v && v.accepted ? "checked" : "refused", v ? v.reason : null],
@@ -199,6 +200,8 @@
       ...(v ? Object.entries(v.details).filter(([name]) => !said.has(name)) : []),
       ["verdict", v && v.key ? element("code", { title: v.key }, v.key.slice(0, 12)) : null],
       ...c.passed.map((p) => ["passed over", p.spec + ": " + p.why]),
+      ...(c.not_tried || []).map((spec) => ["not tried", spec]),
+      ...((i && i.other_builds) || []).map((b) => ["not taken", b.variant + ": " + b.why]),
     ]));
   };
 
