@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests import swapping
+from tests.hub import kernel_files
 from tests.kernels import LAYERS, compiled
 from tests.swapping import CPU
 from torch import nn
@@ -23,6 +24,7 @@ from kernelswap import locking, sbom
 from kernelswap.api import Swapper
 from kernelswap.errors import TableError
 from kernelswap.proof import Check, Verdicts, samples, speed
+from kernelswap.sources.hub import HubSource
 from kernelswap.types import Kept, Mode, Row, Swap, Use
 
 # Compiled kernels, so that the fast one is fast, of which two take their time: `Uneven` beyond 16 rows, `Slow` always.
@@ -382,3 +384,21 @@ def test_the_original_under_compile_is_a_candidate_and_serves_where_it_wins(make
     with swapper.swap(model, choose="measured", mode=Mode.INFERENCE), torch.no_grad():
         x = torch.randn(1, 1024, 256)
         torch.testing.assert_close(model(x), Chain.forward(model[0], x), rtol=1e-5, atol=1e-6)
+
+
+def test_kernels_of_the_hub_take_part_when_asked_for(hub, hub_cache, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    files = kernel_files("torch-cpu", "from . import layers", name="norm", files={"layers.py": swapping.LAYERS})
+    hub.organization("org", trusted=True)
+    hub.repo("org/norm").branch("v1", files)
+    row = Row("RMSNorm", targets=("*RMSNorm",), probe="rows", use=(Use("org/norm@1:RMSNorm"),))
+    sources = {"hub": HubSource(hub_cache, endpoint=hub.url, backoff=0.01)}
+    check = Check(Verdicts(tmp_path / "verdicts", key=tmp_path / "key"), contain="never")
+    swapper = Swapper(cache=tmp_path / "cache", sources=sources, table=(row,), prover=check, machine=CPU, verifiers=())
+    model = norms(64)
+    assert swapper.measure(model, seconds=60, compile=False).measured == 0
+    assert hub.requests() == [], "nothing is fetched unless somebody asks"
+    found = swapper.measure(model, seconds=60, compile=False, hub=True)
+    assert found.measured == 5
+    (entry,) = found.speeds.entries.values()
+    assert [spec for spec, _ in entry.candidates] == ["org/norm@1:RMSNorm"]

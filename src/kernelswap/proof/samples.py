@@ -66,53 +66,64 @@ def size_of(scale: Scale) -> Callable[[Tensor], int]:
     return lambda x: x.numel() // ((x.shape[-1] if x.dim() else 1) or 1)
 
 
+Draw = Callable[..., Tensor]
+"""`draw(*shape, salt=0)`."""
+
+
 def sample(subject: Subject, bucket: int, salt: int = 0) -> tuple[Any, ...] | None:
     """Positional arguments of one call in that bucket, or None: no call of this site is in it, or it is too large.
 
     Hidden states are (1, rows, width), as a model gives them; q and k are views (1, heads, tokens, size) of what projections leave.
     """
+    return _made(subject, bucket, lambda *shape, salt=salt: subject.normal(*shape, salt=salt), salt)
+
+
+def occurs(subject: Subject, bucket: int) -> bool:
+    """Whether `sample` would give one. Draws nothing."""
+    return _made(subject, bucket, lambda *shape, salt=0: torch.empty(*shape, device="meta"), 0) is not None  # noqa: ARG005  # as `Draw`
+
+
+def _made(subject: Subject, bucket: int, draw: Draw, salt: int) -> tuple[Any, ...] | None:
     probe = subject.site.row.probe
-    size = BY_PROBE[probe].at[bucket]
-    made = _MADE[probe](subject, size, salt)
-    if made is None or BY_PROBE[probe].bucket(size_of(BY_PROBE[probe])(made[0])) != bucket:
-        return None
-    return made
+    made = _MADE[probe](subject, BY_PROBE[probe].at[bucket], draw, salt)
+    return made if made and BY_PROBE[probe].bucket(size_of(BY_PROBE[probe])(made[0])) == bucket else None
 
 
-def _hidden(subject: Subject, size: int, salt: int, width: int | None, tensors: int = 1) -> tuple[Any, ...] | None:
+def _hidden(size: int, draw: Draw, salt: int, width: int | None, tensors: int = 1) -> tuple[Any, ...] | None:
     if width is None or size * width > MOST:
         return None
-    return tuple(subject.normal(1, size, width, salt=salt + 31 * i) for i in range(tensors))
+    return tuple(draw(1, size, width, salt=salt + 31 * i) for i in range(tensors))
 
 
-def _elements(subject: Subject, size: int, salt: int, tensors: int = 1, wider: int = 1) -> tuple[Any, ...]:
-    shape = 1, max(1, size // WIDE), min(size, WIDE)
-    return tuple(subject.normal(*shape[:2], shape[2] * wider, salt=salt + 31 * i) for i in range(tensors))
+def _elements(size: int, draw: Draw, salt: int, tensors: int = 1, wider: int = 1) -> tuple[Any, ...]:
+    shape = 1, max(1, size // WIDE), min(size, WIDE) * wider
+    return tuple(draw(*shape, salt=salt + 31 * i) for i in range(tensors))
 
 
-def _gated(subject: Subject, size: int, salt: int) -> tuple[Any, ...]:
+def _gated(subject: Subject, size: int, draw: Draw, salt: int) -> tuple[Any, ...]:
     one = len(inputs.required(subject.original)) - (subject.site.kind == "module") == 1
-    return _elements(subject, size // 2, salt, 1, 2) if one else _elements(subject, size, salt, 2)
+    return _elements(size // 2, draw, salt, 1, 2) if one else _elements(size, draw, salt, 2)
 
 
-def _rotary(subject: Subject, size: int, salt: int) -> tuple[Any, ...] | None:
+def _rotary(subject: Subject, size: int, draw: Draw, salt: int) -> tuple[Any, ...] | None:
     about = inputs.heads(subject.module)
     many, few = about.whole
     tokens = size // many
     if not tokens or size * about.size > MOST:
         return None
+    q, k = draw(1, tokens, many, about.size, salt=salt), draw(1, tokens, few, about.size, salt=salt + 31)
+    if q.is_meta:
+        return (q.transpose(1, 2),)
     cos, sin = inputs.angles(subject, torch.arange(tokens, device="cpu")[None], about.rotated[0])
-    q = subject.normal(1, tokens, many, about.size, salt=salt)
-    k = subject.normal(1, tokens, few, about.size, salt=salt + 31)
     return q.transpose(1, 2), k.transpose(1, 2), cos, sin
 
 
-_MADE: dict[str, Callable[[Subject, int, int], tuple[Any, ...] | None]] = {
-    "rows": lambda s, size, salt: _hidden(s, size, salt, inputs.width(s.module)),
-    "gated_rows": lambda s, size, salt: _hidden(s, size, salt, inputs.width(s.module), 2),
-    "mlp": lambda s, size, salt: _hidden(s, size, salt, inputs.in_features(s.module)),
+_MADE: dict[str, Callable[[Subject, int, Draw, int], tuple[Any, ...] | None]] = {
+    "rows": lambda s, size, draw, salt: _hidden(size, draw, salt, inputs.width(s.module)),
+    "gated_rows": lambda s, size, draw, salt: _hidden(size, draw, salt, inputs.width(s.module), 2),
+    "mlp": lambda s, size, draw, salt: _hidden(size, draw, salt, inputs.in_features(s.module)),
     "rotary": _rotary,
-    "elementwise": _elements,
+    "elementwise": lambda _, size, draw, salt: _elements(size, draw, salt),
     "gated": _gated,
 }
 

@@ -52,6 +52,8 @@ class Entry:
     original: Callable[..., Any]
     candidates: tuple[tuple[str, Implementation], ...]
     run: Run
+    name: str = ""
+    """Digest of everything that its measurements depend on, apart from the candidates and the sizes."""
 
     @property
     def scale(self) -> samples.Scale | None:
@@ -82,7 +84,7 @@ class Speeds:
         self.entries: dict[str, Entry] = {}
         """Every entry that a choice was made for, in that order."""
         self._verifier = Check(None, mode="always", contain="never")
-        self._absent: set[tuple[str, int]] = set()
+        self._present: dict[tuple[str, int], bool] = {}
 
     # -- choosing --
 
@@ -93,12 +95,12 @@ class Speeds:
         scale = samples.BY_PROBE.get(site.row.probe)
         if scale is None or run.compiled:
             return Choice(accepted[0][1], verdict=accepted[0][2]) if accepted else Choice(None)
-        name = about(Entry(site, module, original, (), run))
+        name = keys.digest(*_parts(site, module, original, run))
         if self.compile:
             if name not in self._memo:
                 self._memo[name] = compiled(site, original)
             candidates.append((SPEC, self._memo[name]))
-        entry = self.entries[name] = Entry(site, module, original, tuple(candidates), run)
+        entry = self.entries[name] = Entry(site, module, original, tuple(candidates), run, name)
         named = {keys.digest(keys.kernel(i)): i for _, i in candidates}
         decide = functools.partial(self._decide, entry)
         decided = decide() if self.agree is None else self.agree(f"{name} {sorted(named)}", decide)
@@ -155,7 +157,7 @@ class Speeds:
     ) -> Implementation:
         if all(p is lead for p in parts):
             return lead
-        key = (about(entry), *(p and keys.digest(keys.kernel(p)) for p in parts))
+        key = (entry.name, *(p and keys.digest(keys.kernel(p)) for p in parts))
         if key not in self._memo:  # equal modules share one: their classes, and what is compiled of them, are the same
             self._memo[key] = mixture(scale, parts, entry.original, lead)
         return self._memo[key]
@@ -252,18 +254,15 @@ class Speeds:
 
     def _is_absent(self, entry: Entry, bucket: int) -> bool:
         """Whether no call of this site is of that size, or the size is too large to measure."""
-        what = about(entry), bucket
-        if what in self._absent:
-            return True
-        meta = Subject(entry.site, entry.module, entry.original, torch.device("meta"), torch.float32)
-        if samples.sample(meta, bucket) is None:
-            self._absent.add(what)
-            return True
-        return False
+        what = entry.name, bucket
+        if what not in self._present:
+            subject = Subject(entry.site, entry.module, entry.original, torch.device("meta"), torch.float32)
+            self._present[what] = samples.occurs(subject, bucket)
+        return not self._present[what]
 
     @staticmethod
     def _key(entry: Entry, candidate: Implementation, bucket: int) -> str:
-        return keys.digest("speed", SPEED_VERSION, keys.kernel(candidate), bucket, *_parts(entry))
+        return keys.digest("speed", SPEED_VERSION, keys.kernel(candidate), bucket, entry.name)
 
 
 def speedup(verdict: Verdict) -> float | None:
@@ -272,16 +271,10 @@ def speedup(verdict: Verdict) -> float | None:
     return None if found is None else float(found)
 
 
-def about(entry: Entry) -> str:
-    """Digest of everything that its measurements depend on, apart from the candidates and the sizes."""
-    return keys.digest(*_parts(entry))
-
-
-def _parts(entry: Entry) -> tuple[Any, ...]:
-    site, device = entry.site, memory.indexed(torch.device(entry.site.device))
+def _parts(site: Site, module: nn.Module, original: Callable[..., Any], run: Run) -> tuple[Any, ...]:
+    device = memory.indexed(torch.device(site.device))
     threads = torch.get_num_threads() if device.type == "cpu" else 0
-    subject = keys.subject(site, entry.module, entry.original)
-    return subject, site.dtype, keys.place(device), threads, keys.run_of(entry.run)
+    return keys.subject(site, module, original), site.dtype, keys.place(device), threads, keys.run_of(run)
 
 
 def _side(function: Callable[..., Any], module: nn.Module | None, graded: int | None) -> Callable[..., Any]:
