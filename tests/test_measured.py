@@ -134,6 +134,9 @@ def test_a_kernel_serves_only_the_sizes_at_which_it_beats_the_original(make_swap
         with torch.no_grad(), applied.counting():
             model(prompt[:, :1], past_key_values=cache)
         assert sum(applied.calls.values()) == 2, "1 row: the kernel's"
+        with torch.no_grad(), applied.counting():
+            model(prompt)
+        assert (sum(applied.calls.values()), sum(applied.calls_of_original.values())) == (0, 2), "the same once it is checked"
         assert "the original on 17-256 rows" in applied.explain()
 
 
