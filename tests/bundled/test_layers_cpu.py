@@ -97,6 +97,34 @@ def test_rms_norm_is_the_formula(kernel, ops, isa, dtype, shape, centered):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("centered", [False, True])
+def test_the_residual_sum_is_torchs_and_its_norm_that_of_the_sum(kernel, ops, isa, dtype, shape, centered):
+    x, d, w = randn(*shape, dtype=dtype), randn(*shape, dtype=dtype, seed=3), randn(shape[-1], dtype=dtype, seed=1)
+    s, y = ops.add_rms_norm(x, d, w, 1e-6, centered)
+    assert torch.equal(s, x + d)
+    assert torch.equal(y, ops.rms_norm(s, w, 1e-6, centered))
+    leaves = [t.clone().requires_grad_() for t in (x, d, w)]
+    out, grads, upstream = truth(lambda x, d, w: kernel.reference.add_rms_norm(x, d, w, 1e-6, centered=centered), *leaves)
+    found = kernel.add_rms_norm(*leaves, 1e-6, centered=centered)
+    if dtype is torch.float32:  # in bfloat16 the sum itself is rounded, and what cancels in it is lost to both
+        within(kernel, dtype, found, out)
+        within(kernel, dtype, torch.autograd.grad(found, leaves, upstream), grads, gradients=True)
+
+
+def test_residual_sums_of_any_strides_and_shapes(kernel, ops):
+    x, d, w = randn(48, 5).t(), randn(5, 96)[:, ::2], randn(48)
+    s, y = ops.add_rms_norm(x, d, w, 1e-6, False)
+    assert torch.equal(s, x + d)
+    assert torch.equal(y, ops.rms_norm(s, w, 1e-6, False))
+    assert [t.shape for t in ops.add_rms_norm(randn(0, 8), randn(0, 8), randn(8), 1e-6, False)] == [(0, 8), (0, 8)]
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        ops.add_rms_norm(randn(2, 8), randn(3, 8), randn(8), 1e-6, False)
+    one = kernel.add_rms_norm(randn(2, 3, 48), randn(48), w, 1e-6)[1]  # broadcast: the formula
+    assert error(one, kernel.rms_norm(randn(2, 3, 48) + randn(48), w, 1e-6)) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES[1:])
 @pytest.mark.parametrize("affine", [(True, True), (True, False), (False, False)])
 def test_layer_norm_is_the_formula_also_far_from_zero(kernel, ops, isa, dtype, shape, affine):
@@ -306,6 +334,7 @@ def calls(ops, dtype=torch.float32, rows=40, n=1000):
     q, c = randn(2, rows, 3, 32, dtype=dtype).transpose(1, 2), randn(2, rows, 32, dtype=dtype)
     return (
         (ops.rms_norm, (x, w, 1e-6, False)),
+        (ops.add_rms_norm, (x, y, w, 1e-6, False)),
         (ops.rms_norm_backward, (y, x, w, 1e-6, True, True)),
         (ops.rms_norm_backward, (y, x, w, 1e-6, False, False)),
         (ops.layer_norm, (x, w, w, 1e-5)),
@@ -415,12 +444,13 @@ def functions(kernel):
         (lambda x, w: f.rms_norm(x, w, 1e-6), (x, w)),
         (lambda x, w: f.rms_norm(x, w, 1e-6, centered=True), (x, w)),
         (lambda x, w: f.layer_norm(x, w, None, 1e-5), (x, w)),
+        (lambda x, y, w: torch.stack(f.add_rms_norm(x, y, w, 1e-6)), (x, y, w)),
         (lambda x: f.act(x, "gelu_tanh"), (x,)),
         (lambda x, y: f.act_mul(x, y, "silu"), (x, y)),
     )
 
 
-@pytest.mark.parametrize("index", range(5))
+@pytest.mark.parametrize("index", range(6))
 def test_second_derivatives_are_those_of_the_formula(kernel, index):
     function, inputs = functions(kernel)[index]
     leaves = [t.clone().requires_grad_() for t in inputs]

@@ -14,6 +14,9 @@ struct Kernels {
   const char* name;
   // y = x / sqrt(mean(x^2) + eps) * (centered + w); x has `rows` rows of n elements, `xs` apart. w may be null (ones).
   void (*rms_norm)(int dt, const void* x, int64_t xs, const void* w, void* y, int64_t rows, int64_t n, double eps, int centered);
+  // s = x + d, rounded, and y = rms_norm(s); all rows contiguous.
+  void (*add_rms_norm)(int dt, const void* x, const void* d, const void* w, void* s, void* y, int64_t rows, int64_t n, double eps,
+                       int centered);
   // dx, and dw += g * x * r, where dw (n floats) may be null.
   void (*rms_norm_backward)(int dt, const void* g, const void* x, const void* w, void* dx, float* dw, int64_t rows, int64_t n,
                             double eps, int centered);

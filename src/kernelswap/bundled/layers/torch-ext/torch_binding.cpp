@@ -248,6 +248,27 @@ void rms_norm(StableIValue* stack, uint64_t, uint64_t) {
   s.give(0, std::move(y));
 }
 
+// add_rms_norm(Tensor x, Tensor delta, Tensor weight, float eps, bool centered) -> (Tensor, Tensor)
+void add_rms_norm(StableIValue* stack, uint64_t, uint64_t) {
+  Stack s{stack};
+  Tensor x = contiguous(s.tensor()), d = contiguous(s.tensor()), w = contiguous(s.tensor());
+  double eps = s.plain<double>();
+  int centered = s.plain<bool>();
+  same_shape(x, d);
+  Rows rows;
+  rows_of(x, &rows);
+  const void* wp = weight(w, x, rows.n);
+  Tensor sum = empty_like(x), y = empty_like(x);
+  int kind = x.kind();
+  int64_t step = rows.n * x.width();
+  parallel(rows.count, rows.n, [&](int64_t a, int64_t b) {
+    kernels().add_rms_norm(kind, x.data + a * step, d.data + a * step, wp, sum.data + a * step, y.data + a * step, b - a, rows.n, eps,
+                           centered);
+  });
+  s.give(0, std::move(sum));
+  s.give(1, std::move(y));
+}
+
 // Sums over rows: every piece into its own floats, then all of them together. `body(first, last, dw, db)`.
 template <class Body>
 void with_parts(int64_t rows, int64_t n, Tensor* dw, Tensor* db, const Body& body) {
@@ -469,6 +490,7 @@ void rotary(StableIValue* stack, uint64_t, uint64_t) {
 
 KS_LIBRARY(TORCH_EXTENSION_NAME, m) {
   m.def("rms_norm(Tensor x, Tensor weight, float eps, bool centered) -> Tensor");
+  m.def("add_rms_norm(Tensor x, Tensor delta, Tensor weight, float eps, bool centered) -> (Tensor, Tensor)");
   m.def("rms_norm_backward(Tensor grad, Tensor x, Tensor weight, float eps, bool centered, bool weight_too) -> (Tensor, Tensor)");
   m.def("layer_norm(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor");
   m.def("layer_norm_backward(Tensor grad, Tensor x, Tensor weight, float eps, bool weight_too, bool bias_too) -> (Tensor, Tensor, Tensor)");
@@ -481,6 +503,7 @@ KS_LIBRARY(TORCH_EXTENSION_NAME, m) {
 
 KS_LIBRARY_IMPL(TORCH_EXTENSION_NAME, CPU, m) {
   m.impl("rms_norm", &rms_norm);
+  m.impl("add_rms_norm", &add_rms_norm);
   m.impl("rms_norm_backward", &rms_norm_backward);
   m.impl("layer_norm", &layer_norm);
   m.impl("layer_norm_backward", &layer_norm_backward);

@@ -1,5 +1,12 @@
 """kernelswap/layers for NVIDIA GPUs: Triton, any CUDA version, any compute capability from 7.0."""
 
-from . import layers
+from torch import Tensor
 
-__all__ = ["layers"]
+from . import layers, rms_norm
+
+__all__ = ["add_rms_norm", "layers"]
+
+
+def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float, *, centered: bool = False) -> tuple[Tensor, Tensor]:
+    """`s = x + delta` and `rms_norm(s)` in one launch; scaled by `1 + weight` where `centered`. See `rms_norm.add_rms_norm`."""
+    return rms_norm.add_rms_norm(x, delta, weight, eps, int(centered))

@@ -5,12 +5,13 @@ torch with the tolerances that the kernels are held to.
 """
 
 from . import functional, layers, reference
-from .functional import act, act_mul, layer_norm, rms_norm, rotary
+from .functional import act, act_mul, add_rms_norm, layer_norm, rms_norm, rotary
 from .layers import apply_rotary_pos_emb
 
 __all__ = [
     "act",
     "act_mul",
+    "add_rms_norm",
     "apply_rotary_pos_emb",
     "functional",
     "layer_norm",

@@ -18,6 +18,7 @@ from . import reference
 from ._ops import NAMESPACE, ops
 
 _rms_norm, _rms_norm_backward = ops.rms_norm.default, ops.rms_norm_backward.default
+_add_rms_norm = ops.add_rms_norm.default
 _layer_norm, _layer_norm_backward = ops.layer_norm.default, ops.layer_norm_backward.default
 _act, _act_backward = ops.act.default, ops.act_backward.default
 _act_mul, _act_mul_backward = ops.act_mul.default, ops.act_mul_backward.default
@@ -51,6 +52,19 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, centered: bool = False) -
     if _recording() and (x.requires_grad or weight.requires_grad):
         return _RMSNorm.apply(x, weight, eps, centered)
     return _rms_norm(x, weight, eps, centered)
+
+
+def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float, *, centered: bool = False) -> tuple[Tensor, Tensor]:
+    """`s = x + delta`, rounded as torch rounds it, and `rms_norm(s)`, in one pass.
+
+    Shapes: x, delta (..., N), weight (N,), returns s and y (..., N), contiguous. float32 and bfloat16.
+    Memory: reads x and delta once, writes s and y once.
+    """
+    if not (x.dtype is delta.dtype is weight.dtype) or x.shape != delta.shape or not _served(x):
+        return reference.add_rms_norm(x, delta, weight, eps, centered=centered)
+    if _recording() and (x.requires_grad or delta.requires_grad or weight.requires_grad):
+        return _AddRMSNorm.apply(x, delta, weight, eps, centered)
+    return _add_rms_norm(x, delta, weight, eps, centered)
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -136,6 +150,31 @@ class _RMSNorm(torch.autograd.Function):
         weight_too = ctx.needs_input_grad[1]
         dx, dw = _rms_norm_backward(grad, x, weight, ctx.eps, ctx.centered, weight_too)
         return dx, dw if weight_too else None, None, None
+
+
+class _AddRMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, delta: Tensor, weight: Tensor, eps: float, centered: bool) -> tuple[Tensor, Tensor]:
+        s, y = _add_rms_norm(x, delta, weight, eps, centered)
+        ctx.save_for_backward(s, weight)
+        ctx.eps, ctx.centered = eps, centered
+        return s, y
+
+    @staticmethod
+    def backward(ctx: Any, ds: Tensor, dy: Tensor) -> tuple[Tensor | None, ...]:
+        s, weight = ctx.saved_tensors
+        weight_too = ctx.needs_input_grad[2]
+        if (
+            _second_order()
+        ):  # written out: s is this function's own output, and autograd inside its backward would wait for itself
+            r = torch.rsqrt(s.float().pow(2).mean(-1, keepdim=True) + ctx.eps)
+            n, g = s.float() * r, dy.float() * (weight.float() + float(ctx.centered))
+            dx = ((g - n * (g * n).mean(-1, keepdim=True)) * r).to(s.dtype)
+            dw = (dy.float() * n).flatten(0, -2).sum(0).to(weight.dtype) if weight_too else None
+            return ds + dx, ds + dx, dw, None, None
+        dx, dw = _rms_norm_backward(dy, s, weight, ctx.eps, ctx.centered, weight_too)
+        dx += ds
+        return dx, dx, dw if weight_too else None, None, None
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -246,6 +285,7 @@ def _dense_as(x: Tensor) -> Tensor:
 
 _FAKE = {
     "rms_norm": lambda x, weight, eps, centered: _dense(x),
+    "add_rms_norm": lambda x, delta, weight, eps, centered: (_dense(x), _dense(x)),
     "rms_norm_backward": lambda grad, x, weight, eps, centered, weight_too: (
         _dense(x),
         x.new_empty(x.shape[-1] if weight_too else 0),

@@ -27,6 +27,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, centered: bool = False) -
     return (normed * weight.to(wide)).to(torch.promote_types(x.dtype, weight.dtype))
 
 
+def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float, *, centered: bool = False) -> tuple[Tensor, Tensor]:
+    """`s = x + delta`, rounded, and `rms_norm(s)`: the residual stream after a block, and what the next block reads of it."""
+    s = x + delta
+    return s, rms_norm(s, weight, eps, centered=centered)
+
+
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """`(x - mean) / sqrt(var + eps) * w + b` over the last dimension. Source: Ba et al. 2016, arXiv:1607.06450."""
     return nn.functional.layer_norm(x, x.shape[-1:], weight, bias, eps)
