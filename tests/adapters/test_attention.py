@@ -8,6 +8,7 @@ import pytest
 import torch
 from tests.adapters import attention_world as world
 from tests.adapters.attention_world import calls, out, pair
+from transformers.integrations import hub_kernels
 
 import kernelswap
 from kernelswap.adapters.transformers import attention
@@ -34,10 +35,15 @@ def serves(text, swapper, loaded=None):
     return calls(swapper, loaded or text)
 
 
+_SAYS = getattr(hub_kernels, "get_attn_kernel_version", None)
+WITHOUT = _SAYS(FLASH) if _SAYS else 4
+"""The version of flash-attn2 that is meant where none is named: what the release of Transformers says, if it says."""
+
+
 @pytest.mark.parametrize(
     ("text", "version"),
     [
-        (FLASH, 4 if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10) else 3),
+        (FLASH, WITHOUT),
         (f"{FLASH}@v2.1.0", 2),
         (f"{FLASH}@v3", 3),
         (f"{FLASH}@3", 3),
@@ -54,7 +60,7 @@ def test_a3_a4_tags_branches_constraints_and_refs_with_slashes(kernels, text, ve
 def test_a9_two_models_with_two_kernels_alternate_without_a_request(kernels, as_default_hub):
     _, one = pair("qwen3", FLASH)
     _, two = pair("qwen3", f"{FLASH}@v2.1.0")
-    first, second = calls(kernels, f"{FLASH}@4"), calls(kernels, f"{FLASH}@v2.1.0")
+    first, second = calls(kernels, f"{FLASH}@{WITHOUT}"), calls(kernels, f"{FLASH}@v2.1.0")
     before = len(as_default_hub.requests())
     for _ in range(3):
         a, b = len(first), len(second)
@@ -123,11 +129,11 @@ def test_at_run_time_and_back(kernels):
     eager, model = pair("qwen3", "sdpa")
     model.set_attn_implementation(FLASH)
     assert model.config._attn_implementation == FLASH
-    before = len(calls(kernels, f"{FLASH}@4"))
+    before = len(calls(kernels, f"{FLASH}@{WITHOUT}"))
     close(out(model, IDS), out(eager, IDS))
     model.set_attn_implementation("sdpa")
     close(out(model, IDS), out(eager, IDS))
-    assert len(calls(kernels, f"{FLASH}@4")) == before + 2
+    assert len(calls(kernels, f"{FLASH}@{WITHOUT}")) == before + 2
 
 
 def test_d6_sub_models_have_kernels_of_their_own(kernels):
@@ -280,4 +286,23 @@ def test_continuous_batching(kernels, text, caplog):
         wanted = eager.generate(torch.tensor([prompt]), max_new_tokens=5, do_sample=False)[0, len(prompt) :]
         assert answer.generated_tokens == wanted.tolist()
     if text == FLASH:
-        assert "varlen" in calls(kernels, f"{FLASH}@4")
+        assert "varlen" in calls(kernels, f"{FLASH}@{WITHOUT}")
+
+
+@pytest.mark.slow
+def test_continuous_batching_with_a_block_table(kernels, caplog, monkeypatch):
+    """Transformers takes this path on GPUs only; the kernel of the tests can do it anywhere."""
+    from transformers import ContinuousBatchingConfig, GenerationConfig
+
+    setting_up = pytest.importorskip("transformers.generation.continuous_batching.initialization")
+    monkeypatch.setattr(setting_up, "ensure_decode_fast_path_is_available", lambda *_: None)
+    caplog.set_level(logging.ERROR)
+    eager, model = pair("qwen3", FLASH)
+    asked = GenerationConfig(max_new_tokens=5, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    batching = ContinuousBatchingConfig(max_blocks_per_request=4, use_cuda_graph=False)
+    prompts = [[5, 6, 7], [8, 9, 10, 11, 12]]
+    found = model.generate_batch(prompts, generation_config=asked, continuous_batching_config=batching, progress_bar=False)
+    for prompt, answer in zip(prompts, found.values(), strict=True):
+        wanted = eager.generate(torch.tensor([prompt]), max_new_tokens=5, do_sample=False)[0, len(prompt) :]
+        assert answer.generated_tokens == wanted.tolist()
+    assert "kvcache" in calls(kernels, f"{FLASH}@{WITHOUT}")

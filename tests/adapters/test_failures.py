@@ -25,6 +25,7 @@ REASONS = {
     "an unknown layer": (f"{LIGER}:LigerRMSNrm", "LigerRMSNorm"),
     "no build for this machine": ("kernels-community/for-cuda:RMSNorm", "cu128"),
     "a missing dependency": ("kernels-community/needs:RMSNorm", "nvidia-cutlass-dsl"),
+    "a kernel that needs a later loader": ("kernels-community/later:RMSNorm", "99.0.0"),
     "an import error": ("kernels-community/breaks:RMSNorm", "boom"),
 }
 
@@ -34,6 +35,9 @@ def test_a15_pytorch_goes_on_and_one_line_says_why(qwen, installed, published, s
     published.repo("kernels-community/for-cuda").branch("v1", kernel_files("torch213-cxx11-cu128-x86_64-linux", name="other"))
     published.repo("kernels-community/needs").branch(
         "v1", kernel_files("torch-cpu", name="other", metadata={"python-depends": ["nvidia-cutlass-dsl"]})
+    )
+    published.repo("kernels-community/later").branch(
+        "v1", kernel_files("torch-cpu", name="other", metadata={"kernels-minver": "99.0.0"})
     )
     published.repo("kernels-community/breaks").branch("v1", kernel_files("torch-cpu", "raise RuntimeError('boom')", name="other"))
     spec, reason = REASONS[what]
@@ -49,6 +53,17 @@ def test_a15_a_hub_that_fails_is_one_line(qwen, installed, published, said):
     model = load(qwen, f"{LIGER}:LigerRMSNorm")
     goes_on(installed, model)
     assert len([line for line in said() if LIGER in line]) == 1
+
+
+def test_a15_a_hub_that_goes_away_is_one_line_and_what_was_fetched_before_goes_on(qwen, installed, published, said):
+    model = qwen(kernel_config={"RMSNorm": f"{LIGER}:LigerRMSNorm"})
+    published.fault("*", "status", status=503)
+    model.set_use_kernels(True, {"RMSNorm": f"{LIGER}:LigerRMSNorm"})
+    assert serving(installed, model)["model.norm"] == f"{LIGER}:LigerRMSNorm"
+    assert said() == []
+    model.set_use_kernels(True, {"RMSNorm": "kernels-community/liger_kernels:LigerRMSNorm"})
+    goes_on(installed, model)
+    assert len([line for line in said() if "liger_kernels" in line]) == 1
 
 
 def test_c9_layers_without_a_kernel_are_no_news(qwen, said):
