@@ -273,15 +273,16 @@ def test_a_request_for_weights_is_answered_once(said):
 @pytest.mark.slow
 @pytest.mark.parametrize("text", ["kernelswap/attention", FLASH])
 def test_continuous_batching(kernels, text, caplog):
-    from transformers import GenerationConfig
+    from transformers import ContinuousBatchingConfig, GenerationConfig
 
     pytest.importorskip("transformers.generation.continuous_batching.initialization")
 
     caplog.set_level(logging.ERROR)
     eager, model = pair("qwen3", text)
-    asked = GenerationConfig(max_new_tokens=5, do_sample=False, eos_token_id=-1, pad_token_id=0, use_cuda_graph=False)
+    asked = GenerationConfig(max_new_tokens=5, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    batching = ContinuousBatchingConfig(use_cuda_graph=False, num_blocks=16, max_batch_tokens=64)  # else most of the memory
     prompts = [[5, 6, 7], [8, 9, 10, 11, 12]]
-    found = model.generate_batch(prompts, generation_config=asked, progress_bar=False)
+    found = model.generate_batch(prompts, generation_config=asked, continuous_batching_config=batching, progress_bar=False)
     for prompt, answer in zip(prompts, found.values(), strict=True):
         wanted = eager.generate(torch.tensor([prompt]), max_new_tokens=5, do_sample=False)[0, len(prompt) :]
         assert answer.generated_tokens == wanted.tolist()
@@ -299,7 +300,7 @@ def test_continuous_batching_with_a_block_table(kernels, caplog, monkeypatch):
     caplog.set_level(logging.ERROR)
     eager, model = pair("qwen3", FLASH)
     asked = GenerationConfig(max_new_tokens=5, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    batching = ContinuousBatchingConfig(max_blocks_per_request=4, use_cuda_graph=False)
+    batching = ContinuousBatchingConfig(max_blocks_per_request=4, use_cuda_graph=False, num_blocks=16, max_batch_tokens=64)
     prompts = [[5, 6, 7], [8, 9, 10, 11, 12]]
     found = model.generate_batch(prompts, generation_config=asked, continuous_batching_config=batching, progress_bar=False)
     for prompt, answer in zip(prompts, found.values(), strict=True):
