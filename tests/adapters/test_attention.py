@@ -291,6 +291,7 @@ def test_continuous_batching(kernels, text, caplog):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not hasattr(hub_kernels, "get_attn_kernel_version"), reason="now and then wrong on the CPU before 5.16")
 def test_continuous_batching_with_a_block_table(kernels, caplog, monkeypatch):
     """Transformers takes this path on GPUs only; the kernel of the tests can do it anywhere."""
     from transformers import ContinuousBatchingConfig, GenerationConfig
