@@ -15,7 +15,6 @@ KERNELSWAP_VENV names another directory. pip's own configuration and environment
 
 # ruff: noqa: T201 -- a script that prints
 # ruff: noqa: S603, S607 -- it runs pip, ruff, mypy and pytest; that is its purpose
-# ruff: noqa: UP036 -- an older Python must get a sentence, not a traceback
 
 from __future__ import annotations
 
@@ -102,8 +101,10 @@ def works() -> bool:
 
 def setup() -> None:
     """Bring .venv to what is wanted; nothing when it is."""
-    if sys.version_info < (3, 10):
-        say(f"needs Python 3.10 or later; this is {sys.version.split()[0]} ({sys.executable}).")
+    if sys.version_info < (3, 10) or sys.version_info[:3] == (3, 13, 0):
+        say(
+            f"needs Python 3.10 or later, and not 3.13.0, on which torch.compile misses a swap; this is {sys.version.split()[0]} ({sys.executable})."
+        )
         raise SystemExit(2)
     stamp = wanted()
     if STAMP.exists() and STAMP.read_text().strip() == stamp and works():

@@ -157,3 +157,11 @@ def test_a_release_is_installed_once_beside_the_environment_and_put_before_it(de
 def test_a_release_that_is_not_supported_is_said(dev, capsys):
     assert dev.transformers(["4.57"]) == 2
     assert "4.57: not in requirements/transformers.txt, which has 5.10, 5.11," in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("version", [(3, 9, 18), (3, 13, 0)])
+def test_a_python_that_cannot_serve_is_said_before_anything_is_made(dev, version, monkeypatch, capsys):
+    monkeypatch.setattr(dev.sys, "version_info", version)
+    with pytest.raises(SystemExit, match="2"):
+        dev.setup()
+    assert "needs Python 3.10 or later, and not 3.13.0" in capsys.readouterr().err
