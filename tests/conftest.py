@@ -5,7 +5,7 @@ import os
 import pytest
 from hypothesis import HealthCheck, settings
 from tests.hub import Hub, kernel_files
-from tests.kernels import layers_alone, layers_build, native_build  # noqa: F401  # fixtures
+from tests.kernels import layers_alone, layers_build, native_build, native_of_a_hub  # noqa: F401  # fixtures
 
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")  # a busy machine is no finding; pytest-timeout ends what hangs

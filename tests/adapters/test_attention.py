@@ -29,10 +29,12 @@ def close(a, b):
 
 
 def serves(text, swapper, loaded=None):
+    """What the kernel is asked by one forward; other tests of this process may have asked it before."""
+    before = len(calls(swapper, loaded or text))
     eager, model = pair("qwen3", text)
     with torch.no_grad():
         close(out(model, IDS), out(eager, IDS))
-    return calls(swapper, loaded or text)
+    return calls(swapper, loaded or text)[before:]
 
 
 _SAYS = getattr(hub_kernels, "get_attn_kernel_version", None)
@@ -74,8 +76,8 @@ def test_a9_two_models_with_two_kernels_alternate_without_a_request(kernels, as_
 def test_a10_a_function_is_chosen_by_name(kernels):
     named = "kernels-community/named"
     assert serves(f"{named}:my_attention", kernels, named) == ["my_attention"] * 2
-    assert serves(f"{named}:nested.attention", kernels, named) == ["my_attention"] * 4
-    assert serves(f"{named}:in_flash_style", kernels, named)[4:] == ["in_flash_style"] * 2
+    assert serves(f"{named}:nested.attention", kernels, named) == ["my_attention"] * 2
+    assert serves(f"{named}:in_flash_style", kernels, named) == ["in_flash_style"] * 2
     with pytest.raises(ValueError, match=r"no function other; it has in_flash_style, my_attention"):
         attention.prepare(f"{named}:other")
     with pytest.raises(ValueError, match=r"no attention function that is known; it has in_flash_style(.|\n)*named:FUNCTION"):

@@ -41,7 +41,10 @@ def verb(monkeypatch):
 
 
 def test_every_error_has_an_exit_code_by_whose_fault_it_is():
-    codes = {cls.__name__: exits.of(cls.__new__(cls)) for cls in leaves(errors.KernelSwapError)}
+    def of(cls):  # whatever its arguments are
+        return exits.of(type(cls.__name__, (cls,), {"__init__": lambda self: None})())
+
+    codes = {cls.__name__: of(cls) for cls in leaves(errors.KernelSwapError)}
     assert codes["SpecError"] == exits.USAGE
     assert codes["NoVariant"] == exits.MACHINE
     assert codes["Unreachable"] == exits.NETWORK

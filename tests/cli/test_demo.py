@@ -104,7 +104,7 @@ def test_the_example_of_the_readme_runs_as_it_stands(warm_cache, tmp_path):
     process = run("example.py", env=environment(warm_cache, tmp_path, OMP_NUM_THREADS="1"), cwd=tmp_path)
     assert process.returncode == 0, process.stderr
     assert "the same bits after the undo: True" in process.stdout
-    assert re.search(r"RMSNorm .* layers:RMSNorm", process.stdout)
+    assert re.search(r"RMSNorm .* kernelswap/layers:RMSNorm", process.stdout)
     difference = float(re.search(r"with kernels: (\S+)", process.stdout)[1])
     assert 0 < difference < 1e-3
 

@@ -123,9 +123,11 @@ def test_a_repository_from_before_branches_for_versions_has_its_builds_on_main_a
     assert wild.get_kernel("org/demo").label == "main"
 
 
-def test_compiled_code_of_a_hub_registers_its_operators_and_runs(wild, hub, native_build):
+def test_compiled_code_of_a_hub_registers_its_operators_and_runs(wild, hub, native_of_a_hub):
     files = {
-        f"build/{native_build.name}/{p.relative_to(native_build)}": p.read_bytes() for p in native_build.rglob("*") if p.is_file()
+        f"build/{native_of_a_hub.name}/{p.relative_to(native_of_a_hub)}": p.read_bytes()
+        for p in native_of_a_hub.rglob("*")
+        if p.is_file()
     }
     hub.repo("org/native").branch("v3", {p: d for p, d in files.items() if "__pycache__" not in p})
     module = wild.get_kernel("org/native", version=3)

@@ -65,8 +65,19 @@ def layers_build(tmp_path_factory):
 @pytest.fixture(scope="session")
 def layers_alone(tmp_path_factory):
     """The bundled CPU layers under an id of their own: opened here directly, they must not meet those that a Swapper loads."""
-    own = tmp_path_factory.mktemp("sources") / "layers_alone"
-    shutil.copytree(LAYERS, own, ignore=shutil.ignore_patterns("__pycache__", "build"))
+    return compiled(under_an_id_of_its_own(LAYERS, tmp_path_factory), tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def native_of_a_hub(tmp_path_factory):
+    """`native_build` under an id of its own, for tests that load it while another has opened that one."""
+    return compiled(under_an_id_of_its_own(NATIVE, tmp_path_factory), tmp_path_factory)
+
+
+def under_an_id_of_its_own(source, tmp_path_factory):
+    """A copy of a source whose build has another id: that carries the digest of the sources."""
+    own = tmp_path_factory.mktemp("sources") / f"{source.name}_alone"
+    shutil.copytree(source, own, ignore=shutil.ignore_patterns("__pycache__", "build"))
     with (own / "build.toml").open("a") as file:
-        file.write("# for tests that open the build without a loader\n")
-    return compiled(own, tmp_path_factory)
+        file.write("# for tests that open the build beside another\n")
+    return own
