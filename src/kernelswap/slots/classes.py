@@ -270,7 +270,7 @@ def _methods(base: Any) -> dict[str, Any]:
         reduced = base.__reduce_ex__(self, protocol)
         return as_original(reduced, ours(type(self)), base) if isinstance(reduced, tuple) else reduced
 
-    def __deepcopy__(self: Any, memo: dict[int, Any]) -> Any:  # noqa: N807
+    def __deepcopy__(self: Any, memo: dict[int, Any]) -> Any:  # noqa: N807  # same
         theirs = getattr(base, "__deepcopy__", None)
         if theirs is not None:
             twin = theirs(self, memo)
@@ -280,7 +280,7 @@ def _methods(base: Any) -> dict[str, Any]:
             vars(twin).update(copy.deepcopy(vars(self), memo))
         return _adopt(twin, self)
 
-    def __copy__(self: Any) -> Any:  # noqa: N807
+    def __copy__(self: Any) -> Any:  # noqa: N807  # same
         theirs = getattr(base, "__copy__", None)
         if theirs is not None:
             twin = theirs(self)

@@ -114,7 +114,7 @@ def parent_class(base: Any) -> type[Any]:
         def __reduce_ex__(self: Any, protocol: Any) -> Any:  # noqa: N807  # becomes the method of that name
             return as_original(base.__reduce_ex__(_plain(self, base), protocol), base, base)
 
-        def __deepcopy__(self: Any, memo: dict[int, Any]) -> Any:  # noqa: N807
+        def __deepcopy__(self: Any, memo: dict[int, Any]) -> Any:  # noqa: N807  # same
             cls: Any = type(self)
             twin = cls.__new__(cls)
             memo[id(self)] = twin

@@ -10,7 +10,7 @@ import typer
 from ...errors import KernelSwapError
 from .. import exits, session
 from ..output import Answer, console, progress
-from .explain import Device, where
+from .explain import Device, MeasuredDtype, Threads, where
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,15 +28,8 @@ def command(
         ),
     ] = DEMO,
     device: Device = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            "--dtype", help="float32, bfloat16, float16; default: float32, or what the checkpoint has.", metavar="DTYPE"
-        ),
-    ] = None,
-    threads: Annotated[
-        int | None, typer.Option("--threads", help="CPU threads; default: torch's own choice.", min=1, metavar="N")
-    ] = None,
+    dtype: MeasuredDtype = None,
+    threads: Threads = None,
     budget: Annotated[
         float | None,
         typer.Option(

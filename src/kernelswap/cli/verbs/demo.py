@@ -10,7 +10,7 @@ import typer
 from ...errors import KernelSwapError
 from .. import exits, session
 from ..output import Answer, progress
-from .explain import Device, where
+from .explain import Device, MeasuredDtype, Threads, where
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,15 +24,8 @@ def command(
         typer.Option("--model", help="Any causal language model or encoder: an id, or a directory.", metavar="ID_OR_PATH"),
     ] = None,
     device: Device = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            "--dtype", help="float32, bfloat16, float16; default: float32, or what the checkpoint has.", metavar="DTYPE"
-        ),
-    ] = None,
-    threads: Annotated[
-        int | None, typer.Option("--threads", help="CPU threads; default: torch's own choice.", min=1, metavar="N")
-    ] = None,
+    dtype: MeasuredDtype = None,
+    threads: Threads = None,
     tokens: Annotated[int, typer.Option("--tokens", help="New tokens to generate.", min=1, metavar="N")] = 32,
     seconds: Annotated[
         float | None, typer.Option("--seconds", help="Time for measuring; default: 6 to 15.", min=1.0, metavar="S")

@@ -21,6 +21,11 @@ Device = Annotated[
     str | None,
     typer.Option("--device", help="cpu, cuda, cuda:1, mps...; default: the first accelerator, else cpu.", metavar="DEVICE"),
 ]
+MeasuredDtype = Annotated[
+    str | None,
+    typer.Option("--dtype", help="float32, bfloat16, float16; default: float32, or what the checkpoint has.", metavar="DTYPE"),
+]
+Threads = Annotated[int | None, typer.Option("--threads", help="CPU threads; default: torch's own choice.", min=1, metavar="N")]
 Dtype = Annotated[
     str, typer.Option("--dtype", help="float32, bfloat16, float16; auto: what the checkpoint has.", metavar="DTYPE")
 ]
