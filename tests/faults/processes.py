@@ -13,6 +13,8 @@ import threading
 import time
 from pathlib import Path
 
+from tests.store_processes import fork
+
 from kernelswap.api import Swapper
 from kernelswap.errors import KernelSwapError
 from kernelswap.types import Machine
@@ -30,19 +32,6 @@ def load(root):
     module = swapper(root).load(SPEC)
     assert len(module.more.read()) == module.more.LENGTH, "half of a file"
     return module.VALUE
-
-
-def fork(work):
-    """The pid of a child that does `work` and ends with 0 if that did not raise."""
-    pid = os.fork()
-    if pid:
-        return pid
-    try:
-        work()
-        os._exit(0)
-    finally:
-        sys.excepthook(*sys.exc_info())
-        os._exit(1)
 
 
 def status(pid):
