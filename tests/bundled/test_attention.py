@@ -198,6 +198,48 @@ def test_a_cache_is_written_and_read_up_to_its_live_length(kernel, paged, querie
         assert torch.equal(held[n + queries :], old_k[i, n + queries :]), "what lies behind is left alone"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("lengths", [(2, 7, 4), (7, 7, 7)], ids=str)
+@pytest.mark.parametrize("paged", [False, True])
+@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize("options", ["causal", "window", "softcap", "sinks", "alibi"])
+def test_what_lies_behind_the_live_length_may_be_anything(kernel, paged, queries, lengths, options, dtype):
+    """A cache is often `torch.empty`, and a page that a sequence does not have yet is -1."""
+    size, pages = 4, 4
+    _, theirs = both_forms(OPTIONS[options], 4)
+    q, k, v = (x.to(dtype) for x in tensors((4, 2, queries, queries, 8, 8), batch=3))
+    old = torch.randn(2, 3, pages * size, 2, 8, dtype=dtype)
+    seen = torch.tensor(lengths, dtype=torch.int32)
+
+    def found(behind):
+        live = torch.arange(pages * size) < seen[:, None]
+        caches = torch.where(live[None, :, :, None, None], old, behind)
+        if not paged:
+            return kernel.flash_attn_with_kvcache(q, *caches.clone(), k, v, cache_seqlens=seen, **theirs)
+        table = torch.arange(3 * pages).view(3, pages)
+        theirs["block_table"] = torch.where(table % pages * size < seen[:, None] + queries, table, -1).int()
+        return kernel.flash_attn_with_kvcache(q, *caches.view(2, 3 * pages, size, 2, 8), k, v, cache_seqlens=seen, **theirs)
+
+    assert torch.equal(found(float("nan")), found(0.0))
+    assert torch.equal(found(float("inf")), found(0.0))
+
+
+def test_rows_that_only_fill_up_the_batch_write_nothing(kernel):
+    """Transformers captures graphs for round numbers of sequences: rows to spare have length -1, and no pages."""
+    q, k, v = tensors((4, 2, 1, 1, 8, 8), batch=4)
+    caches = torch.randn(2, 3, 4, 2, 8)
+    table = torch.tensor([[-1, -1], [2, 0], [1, -1], [-1, -1]]).int()
+    seen = torch.tensor([-1, 5, 2, -1]).int()
+    alone, together = caches.clone(), caches.clone()
+    wanted = kernel.flash_attn_with_kvcache(
+        q[1:3], *alone, k[1:3], v[1:3], cache_seqlens=seen[1:3], block_table=table[1:3], causal=True
+    )
+    found = kernel.flash_attn_with_kvcache(q, *together, k, v, cache_seqlens=seen, block_table=table, causal=True)
+    assert torch.allclose(found[1:3], wanted, atol=1e-6)
+    assert torch.equal(alone, together)
+    assert (alone != caches).any(-1).any(-1).sum() == 4, "two tokens, each a key and a value"
+
+
 def test_a_cache_may_have_rows_of_its_own_left_padding_and_rotation(kernel):
     q, k, v = tensors((4, 2, 1, 6, 8, 8), batch=2)
     spare_k, spare_v = torch.randn(5, 6, 2, 8), torch.randn(5, 6, 2, 8)

@@ -114,6 +114,25 @@ def test_a_cache_is_read_up_to_its_live_length(kernel, name, paged):  # noqa: F8
         assert error(found[i], exact(kernel, q[i : i + 1], keys, values, given)[0]) < 2.5e-2
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("queries", [1, 3])
+def test_what_lies_behind_the_live_length_and_rows_to_spare_change_nothing(kernel, queries, dtype):  # noqa: F811
+    q, k, v = made((8, 2, queries, queries, 64, 64), dtype, batch=3)
+    table = torch.tensor([[3, -1, -1], [2, 0, -1], [-1, -1, -1]], device="cuda").int()
+    seen = torch.tensor([5, 20, -queries], device="cuda").int()
+    found = []
+    for behind in (0.0, float("nan")):
+        caches = torch.full((2, 4, 16, 2, 64), behind, device="cuda", dtype=dtype)
+        caches[:, 3, :5] = caches[:, 2] = caches[:, 0, :4] = 0.5
+        out = kernel.flash_attn_with_kvcache(q, *caches, k, v, cache_seqlens=seen, block_table=table, causal=True)
+        found.append((out[:2], caches[:, 3, : 5 + queries], caches[:, 2], caches[:, 0, : 4 + queries]))
+        assert torch.equal(caches[:, 1].isnan(), torch.full((2, 16, 2, 64), behind, device="cuda").isnan()), (
+            "nothing was written there"
+        )
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_one_length_for_all_rows_may_be_an_expanded_scalar(kernel):  # noqa: F811
     q, k, v = (x.transpose(1, 2) for x in made((8, 2, 1, 256, 64, 64), torch.bfloat16, batch=4))
     lengths = torch.tensor(77, dtype=torch.int32, device="cuda").expand(4)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .dense import _HALF, _has_varlen, attend, decode, explicit, packed
+from .dense import _HALF, _has_varlen, attend, decode, explicit, is_compiling, packed
 
 Window = tuple[int, int]
 NONE = (-1, -1)
@@ -144,7 +144,9 @@ def flash_attn_with_kvcache(  # noqa: PLR0913
     """q (B, Sq, HQ, D) over a cache (B, max, HK, D), or pages (P, size, HK, D) with a block_table -> (B, Sq, HQ, DV).
 
     New keys and values (B, Sn, HK, D) are written into the cache at `cache_seqlens` first, in place. Nothing waits for the device.
-    Forward only.
+    What lies beyond the live length is never looked at: it may be uninitialised, and pages of the table there may be -1. With a
+    block_table, a row whose cache_seqlens is negative only fills up the batch (a captured graph has rows to spare): it writes
+    nothing, and its output means nothing; one row at least is no such row. Forward only.
     """
     if alibi_slopes is not None and alibi_slopes.ndim == 1:
         alibi_slopes = alibi_slopes[None]
@@ -164,7 +166,12 @@ def flash_attn_with_kvcache(  # noqa: PLR0913
         if block_table is None:
             where = (rows[:, None].expand_as(at), at)
         else:
-            where = (block_table.long().gather(1, at // size), at % size)
+            table = block_table.long()
+            if batch > 1:  # a row that writes nothing writes once more what another one writes: shapes never depend on values
+                alive = seen >= 0
+                same = torch.where(alive, torch.arange(batch, device=device), alive.int().argmax())
+                at, k, v, table = at[same], k[same], v[same], table[same]
+            where = (table.gather(1, at // size), at % size)
         k_cache.index_put_(where, k.to(k_cache.dtype))
         v_cache.index_put_(where, v.to(v_cache.dtype))
         seen = seen + k.shape[1]
@@ -183,8 +190,8 @@ def flash_attn_with_kvcache(  # noqa: PLR0913
         out = decode(q, keys, values, seen.to(torch.int32), scale, window=last, softcap=softcap, sinks=sinks)
         if out is not None:
             return out
+    keys, values = _without_the_dead(keys, values, seen, cache_leftpad)
     mask = _live(seen, queries, keys.shape[2], left, right, cache_leftpad)
-    bias = None
     if alibi_slopes is not None:  # distances are from each sequence's own end
         place = torch.arange(queries, device=device)[None, :, None] + (seen - queries)[:, None, None]
         distance = (place - torch.arange(keys.shape[2], device=device)).abs()[:, None]
@@ -195,6 +202,24 @@ def flash_attn_with_kvcache(  # noqa: PLR0913
         assert lse is not None  # asked for
         return out.transpose(1, 2), lse
     return attend(q, keys, values, scale=scale, softcap=softcap, sinks=sinks, mask=mask).transpose(1, 2)
+
+
+def _without_the_dead(keys: Tensor, values: Tensor, seen: Tensor, leftpad: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Keys and values (B, H, max, D) with zeros where no token lives: a mask alone would let a NaN there through, since 0 * NaN is NaN.
+
+    On a CPU, where lengths are read without waiting, they are cut at the longest first, and copied only if one is shorter.
+    """
+    if seen.device.type == "cpu" and seen.numel() and not is_compiling():
+        longest, shortest = max(1, int(seen.max())), int(seen.min())
+        keys, values = keys[:, :, :longest], values[:, :, :longest]
+        if shortest >= keys.shape[2] and leftpad is None:
+            return keys, values
+    place = torch.arange(keys.shape[2], device=seen.device)
+    dead = place >= seen[:, None]
+    if leftpad is not None:
+        dead = dead | (place < leftpad[:, None])
+    dead = dead[:, None, :, None]
+    return keys.masked_fill(dead, 0.0), values.masked_fill(dead, 0.0)
 
 
 def _live(seen: Tensor, queries: int, keys: int, left: int, right: int, leftpad: Tensor | None) -> Tensor:  # noqa: PLR0913
