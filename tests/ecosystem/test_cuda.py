@@ -111,6 +111,7 @@ def test_data_parallel_over_two_devices():
             assert torch.allclose(parallel(x()), plain, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_model_compiled_by_inductor(dtype):
     torch._dynamo.reset()

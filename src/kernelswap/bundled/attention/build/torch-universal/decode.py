@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import INTERPRETED, bind, current_stream, multiprocessors
+from ._launch import INTERPRETED, bind, current_stream, multiprocessors, on
 
 try:
     from triton.errors import TritonError as Unfit
@@ -203,7 +203,7 @@ def decode(
     po = out.data_ptr()
     pa = po if work is None else work.data_ptr()
     pm = po if work is None else pa + batch * kv_heads * splits * block_group * block_value * 4
-    with torch.cuda.device(device):
+    with on(device):
         stream = current_stream(device)
         first(
             batch * kv_heads * splits, stream, pq, pk, pv, p_len, p_sink, po, pm, pa, keys, splits, scale, window, softcap, *strides

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import INTERPRETED, bind, current_device, current_stream
+from ._launch import INTERPRETED, bind, current_device, current_stream, on
 from ._second import differentiable, recorded
 
 SILU, GELU, GELU_TANH = 0, 1, 2
@@ -150,7 +150,7 @@ class _ActMul(torch.autograd.Function):
             launch = _backwards[key] = bind(
                 _backward, (dy, gate, up, dg, du, example), device=device, num_warps=4, BLOCK=_BLOCK, ACT=_ACTS[ctx.act]
             )
-        with torch.cuda.device(device):
+        with on(device):
             launch(
                 -(-n // _BLOCK), current_stream(device),
                 dy.data_ptr(), gate.data_ptr(), up.data_ptr(), dg.data_ptr(), du.data_ptr(), n,

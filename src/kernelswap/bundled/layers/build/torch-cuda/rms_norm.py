@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import INTERPRETED, bind, current_device, current_stream, multiprocessors
+from ._launch import INTERPRETED, bind, current_device, current_stream, multiprocessors, on
 
 from ._second import differentiable, recorded
 
@@ -227,7 +227,7 @@ def _run_add(x: Tensor, delta: Tensor, weight: Tensor, eps: float, offset: int) 
         )  # fmt: skip
         found = _adds[key] = launch, tile
     launch, tile = found
-    with torch.cuda.device(device):
+    with on(device):
         launch(-(-rows // tile), current_stream(device), px, pd, pw, ps, py, rows, eps)
     return s, y
 
@@ -257,7 +257,7 @@ def _run_backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float, offset: int
         total = bind(_sum_partials, (partial, dw, 17), device=device, num_warps=4, N=n, BLOCK=32, ROWS=64)
         found = _backwards[key] = launch, total
     launch, total = found
-    with torch.cuda.device(device):
+    with on(device):
         stream = current_stream(device)
         launch(
             programs, stream, dy.data_ptr(), extra.data_ptr(), x.data_ptr(), weight.data_ptr(), dx.data_ptr(),
