@@ -112,3 +112,27 @@ def test_a_sequence_with_no_key_at_all_gives_zeros_as_flash_attention_does(atten
     got = attention.decode.decode(q, k, v, scale=0.1, length=torch.tensor([0, keys]))
     assert torch.equal(got[0], torch.zeros_like(got[0]))
     assert error(got[1:], exact(q[1:], k[1:], v[1:], 0.1)) < TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(("dim", "value_dim"), [(64, 64), (80, 48)])
+def test_a_new_key_and_value_go_into_the_cache_at_the_position_on_the_device(attention, dtype, dim, value_dim):
+    k, v = torch.randn(3, 1, 2, dim, dtype=dtype).transpose(1, 2), torch.randn(3, 2, 1, value_dim, dtype=dtype)
+    k_cache, v_cache = torch.randn(3, 2, 20, dim, dtype=dtype), torch.randn(3, 20, 2, value_dim, dtype=dtype).transpose(1, 2)
+    want_k, want_v = k_cache.clone(), v_cache.clone()
+    for at in (torch.tensor(7), torch.tensor([19], dtype=torch.int32)):
+        want_k[:, :, int(at)], want_v[:, :, int(at)] = k[:, :, 0], v[:, :, 0]
+        assert attention.decode.append(k, v, k_cache, v_cache, at)
+        assert torch.equal(k_cache, want_k)
+        assert torch.equal(v_cache, want_v)
+    assert attention.decode.append(k, v, k_cache, v_cache, torch.tensor(20))  # no room: nothing is written
+    assert torch.equal(k_cache, want_k)
+
+
+def test_what_does_not_fit_the_cache_is_left_to_the_caller(attention):
+    k, cache = torch.randn(1, 2, 1, 16), torch.zeros(1, 2, 8, 16)
+    at = torch.tensor(0)
+    assert not attention.decode.append(k.half(), k.half(), cache, cache, at)
+    assert not attention.decode.append(k.expand(1, 2, 3, 16), k.expand(1, 2, 3, 16), cache, cache, at)
+    assert not attention.decode.append(k.requires_grad_(), k, cache, cache, at)
+    assert not cache.any()

@@ -19,6 +19,10 @@ from torch import Tensor
 from ._launch import INTERPRETED, bind, current_stream, multiprocessors, on
 
 try:
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+except ImportError:  # older Triton
+    gdc_launch_dependents = gdc_wait = None
+try:
     from triton.errors import TritonError as Unfit
 except ImportError:  # older Triton
     from triton.runtime.errors import OutOfResources as Unfit
@@ -30,8 +34,10 @@ def _split(
     sqb, sqh, skb, skh, sks, svb, svh, svs, sob, soh,
     HK: tl.constexpr, G: tl.constexpr, BG: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr,
     BN: tl.constexpr, HAS_LEN: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, HAS_SINK: tl.constexpr,
-    SINGLE: tl.constexpr, STAGES: tl.constexpr,
+    SINGLE: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    if OVERLAP:
+        gdc_launch_dependents()  # the join may take its place once every part has begun; it waits there
     split = tl.program_id(0) % splits
     bh = tl.program_id(0) // splits
     b = (bh // HK).to(tl.int64)
@@ -94,7 +100,10 @@ def _split(
 def _join(
     PM, PA, SINK, O, splits, sob, soh,
     HK: tl.constexpr, G: tl.constexpr, BG: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr, BS: tl.constexpr, HAS_SINK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    if OVERLAP:
+        gdc_wait()  # for all parts, and for what they wrote
     g = tl.program_id(0) % G
     bh = tl.program_id(0) // G
     b = (bh // HK).to(tl.int64)
@@ -120,6 +129,11 @@ def _join(
 _bound: dict[tuple[Any, ...], tuple[Any, Any]] = {}
 _BLOCK = 64
 _DTYPES = (torch.bfloat16, torch.float16)
+
+
+def _may_overlap(device: int) -> bool:
+    """Whether the join may be launched while the parts still run: an eighth of the time of a short cache (Hopper on)."""
+    return gdc_wait is not None and not INTERPRETED and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -179,7 +193,7 @@ def decode(
     )
     found = _bound.get(key)
     if found is None:
-        example = 4096 + bool(odd)
+        example, overlap = 4096 + bool(odd), _may_overlap(device)
         floats = q.new_empty(0, dtype=torch.float32)
         first = bind(
             _split,
@@ -187,14 +201,14 @@ def decode(
             + (example,) * 10,
             device=device, num_warps=4, HK=kv_heads, G=group, BG=block_group, D=dim, BD=triton.next_power_of_2(dim),
             DV=value_dim, BDV=block_value, BN=_BLOCK, HAS_LEN=int(length is not None), WINDOW=int(window > 0),
-            SOFTCAP=int(softcap > 0), HAS_SINK=int(sinks is not None), SINGLE=int(splits == 1), STAGES=3,
+            SOFTCAP=int(softcap > 0), HAS_SINK=int(sinks is not None), SINGLE=int(splits == 1), STAGES=3, OVERLAP=int(overlap and splits > 1),
         )  # fmt: skip
         second = None
         if splits > 1:
             second = bind(
                 _join, (floats, floats, q if sinks is None else sinks, out, 17, 4096, 4096 if not odd else 4097),
                 device=device, num_warps=4, HK=kv_heads, G=group, BG=block_group, DV=value_dim, BDV=block_value, BS=parts,
-                HAS_SINK=int(sinks is not None),
+                HAS_SINK=int(sinks is not None), OVERLAP=int(overlap), overlap=overlap,
             )  # fmt: skip
         found = _bound[key] = first, second
     first, second = found
@@ -211,3 +225,61 @@ def decode(
         if second is not None:
             second(batch * heads, stream, pm, pa, p_sink, po, splits, heads * value_dim, value_dim)
     return out
+
+
+# -- the newest key and value into a cache ------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["L"])
+def _append(
+    K, V, KC, VC, AT, L, skb, skh, svb, svh, ckb, ckh, cks, cvb, cvh, cvs,
+    HK: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr,
+):  # fmt: skip
+    b = (tl.program_id(0) // HK).to(tl.int64)
+    h = (tl.program_id(0) % HK).to(tl.int64)
+    at = tl.load(AT).to(tl.int64)
+    d = tl.arange(0, BD)
+    dv = tl.arange(0, BDV)
+    room = (at >= 0) & (at < L)
+    k = tl.load(K + b * skb + h * skh + d, mask=d < D, other=0.0)
+    v = tl.load(V + b * svb + h * svh + dv, mask=dv < DV, other=0.0)
+    tl.store(KC + b * ckb + h * ckh + at * cks + d, k, mask=(d < D) & room)
+    tl.store(VC + b * cvb + h * cvh + at * cvs + dv, v, mask=(dv < DV) & room)
+
+
+_appends: dict[tuple[Any, ...], Any] = {}
+
+
+def append(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, at: Tensor) -> bool:
+    """Write k (B, HK, 1, D) and v (B, HK, 1, DV) at position `at` of caches (B, HK, L, D) and (B, HK, L, DV), in one launch.
+
+    at: one int32 or int64 on the device; beyond the cache nothing is written. False, and nothing done, where the kernel does
+    not take these: dtypes that differ, another device, a last dimension that is not dense, gradients wanted.
+    """
+    if (
+        k.is_cuda is INTERPRETED
+        or not k.dtype is v.dtype is k_cache.dtype is v_cache.dtype
+        or k.shape[2] != 1
+        or not k.stride(3) == v.stride(3) == k_cache.stride(3) == v_cache.stride(3) == 1
+        or (torch.is_grad_enabled() and (k.requires_grad or v.requires_grad))
+        or not at.device == k.device == k_cache.device
+        or k.numel() == 0
+    ):
+        return False
+    batch, heads, _, dim = k.shape
+    value_dim, device = v.shape[3], k.get_device()
+    ks, vs, kc, vc = k.stride(), v.stride(), k_cache.stride(), v_cache.stride()
+    strides = (ks[0], ks[1], vs[0], vs[1], *kc[:3], *vc[:3])
+    pointers = (k.data_ptr(), v.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), at.data_ptr())
+    odd = any(x & 15 for x in (*pointers[:4], *strides))
+    key = (k.dtype, at.dtype, device, heads, dim, value_dim, odd, max(strides) > 2147483647)
+    launch = _appends.get(key)
+    if launch is None:
+        example = (1 << 32 if key[-1] else 4096) + odd
+        launch = _appends[key] = bind(
+            _append, (k, v, k_cache, v_cache, at, 17, *(example,) * 10), device=device, num_warps=1,
+            HK=heads, D=dim, BD=triton.next_power_of_2(dim), DV=value_dim, BDV=triton.next_power_of_2(value_dim),
+        )  # fmt: skip
+    with on(device):
+        launch(batch * heads, current_stream(device), *pointers, k_cache.shape[2], *strides)
+    return True
