@@ -17,7 +17,7 @@ from ..errors import KernelSwapError
 SCRIPTS = {
     ("kernels", "cpu"): ("cpu_layers.py", ("--quick", "--output")),
     ("kernels", "cuda"): ("gpu_kernels.py", ()),
-    ("model", "cuda"): ("gpu_model.py", ("0.6b", "8b", "--attention")),
+    ("model", "cuda"): ("gpu_model.py", ("0.6b", "8b", "--all")),
 }
 """By what is asked and the device: the script, and its arguments before the file that it writes."""
 
