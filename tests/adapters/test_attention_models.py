@@ -156,3 +156,22 @@ def test_a_model_compiles_in_one_graph(attention):
         wanted = out(model, IDS)
         compiled = torch.compile(model, backend="eager", fullgraph=True)
         close(out(compiled, IDS), wanted)
+
+
+def test_a_compiled_prefill_stays_causal_without_a_mask():
+    """Where Transformers itself makes a mask as soon as something traces, attention would take its slow path.
+
+    With a cache: without one, Transformers takes what it may not read while tracing for sequences that could be packed.
+    """
+    _, model = pair("llama", "kernelswap/attention")
+    calls = []
+
+    def backend(graph, _):
+        nodes = [n for n in graph.graph.nodes if n.target is torch.nn.functional.scaled_dot_product_attention]
+        calls.extend((n.kwargs.get("attn_mask"), n.kwargs.get("is_causal")) for n in nodes)
+        return graph.forward
+
+    with torch.no_grad():
+        wanted = out(model, IDS, use_cache=True)
+        close(out(torch.compile(model, backend=backend, fullgraph=True), IDS, use_cache=True), wanted)
+    assert calls == [(None, True)] * model.config.num_hidden_layers

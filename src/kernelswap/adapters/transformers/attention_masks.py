@@ -58,6 +58,11 @@ def with_lengths(  # noqa: PLR0913, PLR0917  # Transformers' signature
 
     masking = _masking()
     function = masking.causal_mask_function if mask_function is None else mask_function
+    exporting = getattr(torch.compiler, "_is_exporting_flag", False)  # Dynamo before 2.14 takes `is_exporting()` for True
+    plain = attention_mask is None and allow_is_causal_skip and function is masking.causal_mask_function and not exporting
+    whole = 1 < q_length == kv_length and kv_offset == 0 and not isinstance(q_offset, torch.Tensor) and q_offset == 0
+    if plain and whole and (local_size is None or kv_length < local_size):
+        return None  # `is_causal` says it all, also under capture and compile, where most releases make a mask
     if q_length == 1 and not torch.compiler.is_compiling() and not _capturing(torch, attention_mask, q_offset):
         found = _one_token(torch, batch_size, kv_length, q_offset, kv_offset, function, attention_mask, local_size)
         if found is not False:
