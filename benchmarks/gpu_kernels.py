@@ -17,14 +17,15 @@ from gpu_timing import device_us, element_wise_bandwidth, host_us, relative, wal
 
 import kernelswap
 
-BUILD = Path(kernelswap.__file__).parent / "bundled/layers/build/torch-cuda"
-package = types.ModuleType("layers_cuda")
-package.__path__ = [str(BUILD)]
-sys.modules["layers_cuda"] = package
+for name, build in (("layers_cuda", "layers/build/torch-cuda"), ("loss_cuda", "loss/build/torch-universal")):
+    package = types.ModuleType(name)
+    package.__path__ = [str(Path(kernelswap.__file__).parent / "bundled" / build)]
+    sys.modules[name] = package
 rms = importlib.import_module("layers_cuda.rms_norm")
 glu = importlib.import_module("layers_cuda.glu")
 rope = importlib.import_module("layers_cuda.rope")
-ce = importlib.import_module("layers_cuda.cross_entropy")
+ce = importlib.import_module("loss_cuda.cross_entropy")
+head = importlib.import_module("loss_cuda.loss")
 try:
     import liger_kernel.ops as liger
 except ImportError:
@@ -204,7 +205,7 @@ def losses() -> None:
 
         def ours(x=x, w=w, target=target):
             p, q = x.detach().requires_grad_(), w.detach().requires_grad_()
-            return torch.autograd.grad(ce.linear_cross_entropy(p, q, target), (p, q))
+            return torch.autograd.grad(head.linear_cross_entropy(p, q, None, target), (p, q))
 
         def eager(x=x, w=w, target=target):
             p, q = x.detach().requires_grad_(), w.detach().requires_grad_()

@@ -13,7 +13,7 @@ from torch import nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 BUILD = Path(__file__).parents[2] / "src" / "kernelswap" / "bundled" / "loss" / "build" / "torch-universal"
-TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1.2e-2}
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1.2e-2, torch.float16: 2e-3}
 V, H = 103, 16
 
 
@@ -58,21 +58,46 @@ def made(dtype=torch.float32, rows=21, *, bias=False):
 # -- the loss -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
+TERMS = {  # what a loss may ask for, and what it then is
+    "plain": ({}, lambda z, t, r: F.cross_entropy(z, t, reduction=r)),
+    "smoothed": ({"label_smoothing": 0.1}, lambda z, t, r: F.cross_entropy(z, t, reduction=r, label_smoothing=0.1)),
+    "scaled": ({"scale": -0.3}, lambda z, t, r: F.cross_entropy(z * -0.3, t, reduction=r)),
+    "soft cap": ({"softcap": 2.5}, lambda z, t, r: F.cross_entropy(torch.tanh(z / 2.5) * 2.5, t, reduction=r)),
+    "z-loss": ({"z_loss": 0.02}, lambda z, t, r: F.cross_entropy(z, t, reduction=r) + reduced(z.logsumexp(1) ** 2 * 0.02, t, r)),
+    "everything": (
+        {"label_smoothing": 0.2, "scale": 0.6, "softcap": 3.0, "z_loss": 0.01},
+        lambda z, t, r: (
+            F.cross_entropy(torch.tanh(z * 0.2) * 3, t, reduction=r, label_smoothing=0.2)
+            + reduced((torch.tanh(z * 0.2) * 3).logsumexp(1) ** 2 * 0.01, t, r)
+        ),
+    ),
+}
+
+
+def reduced(rows, target, reduction):
+    rows = rows.masked_fill(target == -100, 0)
+    return {"none": rows, "sum": rows.sum(), "mean": rows.sum() / (target != -100).sum()}[reduction]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows", [1, 8, 21])
+@pytest.mark.parametrize("terms", TERMS)
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-def test_loss_and_gradients_agree_with_float64(kernel, pieces, dtype, rows, bias, reduction):
+def test_loss_and_gradients_agree_with_float64(kernel, pieces, dtype, terms, rows, bias, reduction):
+    more, formula = TERMS[terms]
     x, w, b, target = made(dtype, rows, bias=bias)
     target[0] = 3
     leaves = [t for t in (x, w, b) if t is not None]
     kept = [t.detach().clone() for t in leaves]
-    loss = kernel.linear_cross_entropy(x, w, b, target, reduction=reduction)
-    found = torch.autograd.grad(loss * 0.7, leaves)
+    loss = kernel.linear_cross_entropy(x, w, b, target, reduction=reduction, **more)
+    cotangent = torch.rand_like(loss)
+    found = torch.autograd.grad(loss, leaves, cotangent)
     wide = [t.detach().double().requires_grad_() for t in leaves]
-    exact = F.cross_entropy(F.linear(*wide), target, reduction=reduction)
-    want = torch.autograd.grad(exact * 0.7, wide)
+    exact = formula(F.linear(*wide), target, reduction)
+    want = torch.autograd.grad(exact, wide, cotangent.double())
     assert loss.dtype is torch.float32
+    assert loss.shape == exact.shape
     assert relative(loss, exact) < TOLERANCES[dtype]
     assert max(map(relative, found, want)) < TOLERANCES[dtype]
     assert [g.dtype for g in found] == [t.dtype for t in leaves]
@@ -95,6 +120,18 @@ def test_every_backward_pass_gives_the_same(kernel, pieces):
     third = torch.autograd.grad(loss, (x, w))
     assert all(map(torch.equal, first, second))
     assert max(relative(a, b / 2) for a, b in zip(first, third, strict=True)) < 1e-6
+
+
+def test_float16_gradients_are_rounded_after_the_loss_scale_has_come(kernel, pieces):
+    """One row in thousands: softmax / rows is below float16's smallest number, softmax * 65536 / rows is not."""
+    x, w, _, target = made(torch.float16, 64)
+    w.data *= 0.05
+    found = torch.autograd.grad(kernel.linear_cross_entropy(x, w, None, target) / 16384 * 65536, (x, w))
+    wide = [t.detach().double().requires_grad_() for t in (x, w)]
+    want = torch.autograd.grad(F.cross_entropy(F.linear(*wide), target) / 16384 * 65536, wide)
+    assert max(map(relative, found, want)) < TOLERANCES[torch.float16]
+    first = ((torch.softmax(F.linear(*wide), 1)) / 16384 / 64).half()
+    assert (first == 0).float().mean() > 0.9  # what a gradient made without the scale would lose
 
 
 def test_second_derivatives_are_those_of_torchs_loss(kernel, pieces):
@@ -153,14 +190,23 @@ ROWS = {  # what goes through the fused loss
     "shifted by hand": lambda z: F.cross_entropy(z[:, :-1].contiguous().view(-1, V).float(), LABELS[:, 1:].reshape(-1)),
     "sliced with an ellipsis": lambda z: F.cross_entropy(z[..., :-1, :].float().reshape(-1, V), LABELS[:, 1:].reshape(-1)),
     "in float32 by `to`": lambda z: F.cross_entropy(z.to(torch.float32).view((21, V)), LABELS.view(-1), ignore_index=5),
+    "label smoothing": lambda z: F.cross_entropy(z.float().view(-1, V), LABELS.view(-1), label_smoothing=0.1),
+    "without a reduction": lambda z: F.cross_entropy(z.float().view(-1, V), LABELS.view(-1), reduction="none"),
+    "as wide as the logits": lambda z: F.cross_entropy(z.view(-1, V), LABELS.view(-1)),
+    "soft cap": lambda z: F.cross_entropy((torch.tanh(z / 3) * 3).float().view(-1, V), LABELS.view(-1)),
+    "a soft cap in float32, twice scaled": lambda z: ForCausalLMLoss(2 * (0.5 * z.float()).div(3).tanh().mul(3), LABELS, V),
+    "scaled": lambda z: ForCausalLMLoss(z * 0.0625, LABELS, V),
     "a loss module": lambda z: nn.CrossEntropyLoss(reduction="sum")(z.float().view(-1, V), LABELS.view(-1)),
 }
 OTHERS = {  # what reads the logits
-    "softcap": lambda z: F.cross_entropy((torch.tanh(z / 3) * 3).float().view(-1, V), LABELS.view(-1)),
-    "label smoothing": lambda z: F.cross_entropy(z.float().view(-1, V), LABELS.view(-1), label_smoothing=0.1),
+    "two soft caps": lambda z: F.cross_entropy(torch.tanh(torch.tanh(z / 3)).float().view(-1, V), LABELS.view(-1)),
+    "scaled by a tensor": lambda z: ForCausalLMLoss(z * torch.tensor(0.5), LABELS, V),
+    "scaled by nothing": lambda z: z * 0.0,
+    "divided with rounding": lambda z: torch.div(z, 3, rounding_mode="floor"),
+    "a divisor": lambda z: 3 / (2 + z * z),
+    "a soft cap below Python": lambda z: Double.apply(torch.tanh(z / 3) * 3),
     "class weights": lambda z: F.cross_entropy(z.float().view(-1, V), LABELS.view(-1), weight=torch.linspace(0, 1, V)),
     "z-loss": lambda z: ForCausalLMLoss(z, LABELS, V) + z.float().logsumexp(-1).pow(2).mean(),
-    "without a reduction": lambda z: F.cross_entropy(z.float().view(-1, V), LABELS.view(-1), reduction="none"),
     "classes second": lambda z: F.cross_entropy(z.float().transpose(1, 2), LABELS),
     "probabilities": lambda z: F.cross_entropy(z.float().view(-1, V), torch.eye(V)[LABELS.view(-1)]),
     "columns": lambda z: z[..., 3:9],

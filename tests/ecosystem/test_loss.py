@@ -49,8 +49,7 @@ def test_loss_gradients_and_logits_are_the_models_own_and_undo_leaves_no_trace(s
         out, found = step(model)
         close(found, gradients)
         torch.testing.assert_close(out.loss, want.loss, atol=1e-6, rtol=1e-5)
-        # a soft cap between head and loss reads the logits
-        assert (type(out.logits) is torch.Tensor) == (kind == "gemma2")
+        assert type(out.logits) is not torch.Tensor  # nothing read them, Gemma's soft cap included
         torch.testing.assert_close(out.logits, want.logits)
     with torch.no_grad():
         assert type(model(input_ids=IDS).logits) is torch.Tensor
@@ -162,6 +161,7 @@ def test_a_training_step_holds_a_fraction_of_the_logits(tmp_path):
             vocab_size=65536, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
             num_key_value_heads=1, max_position_embeddings=2048,
         )
+        torch.manual_seed(0)
         model = LlamaForCausalLM(config).train()
         if sys.argv[1] == "kernel":
             api.Swapper(cache=Path(sys.argv[2]), offline=True).swap(

@@ -1,4 +1,4 @@
-"""The head of a language model and its loss without the logits between them, in plain torch: any device.
+"""The head of a language model and its loss without the logits between them: in Triton on NVIDIA GPUs, elsewhere in torch.
 
 `layers.LMHead` stands in for the last linear layer. In training it returns logits that are computed when somebody reads them;
 `torch.nn.functional.cross_entropy` reads them a few rows at a time and keeps none.

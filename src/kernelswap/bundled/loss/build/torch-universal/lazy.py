@@ -1,7 +1,7 @@
 """Logits that are computed when somebody reads them.
 
-A LazyLogits is a Tensor with shape, dtype and history, and no memory. `float()`, `contiguous()`, views that keep rows whole and
-slices of rows give another one; `cross_entropy` of one goes through `linear_cross_entropy`; everything else computes the logits,
+A LazyLogits is a Tensor with shape, dtype and history, and no memory. `float()`, `contiguous()`, views that keep rows whole,
+slices of rows, a scale and a soft cap (`cap * tanh(z / cap)`) give another one; `cross_entropy` of one goes through `linear_cross_entropy`; everything else computes the logits,
 once, and goes on with a plain tensor of the values and the history that the layer itself would have given. So does code below
 Python: operators dispatch to `__torch_dispatch__`, and the history is a node of autograd's like any other.
 
@@ -11,6 +11,7 @@ gradient at the logits of a loss that never made them (`retain_grad`, `register_
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -21,10 +22,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from .loss import linear_cross_entropy
+from .formula import Terms, shaped
+from .loss import of_terms
 
 _transformed = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
-_DTYPES = (torch.float32, torch.bfloat16)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def plain(module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -58,6 +60,8 @@ class _Source:
     weight: Tensor
     bias: Tensor | None
     versions: tuple[int, ...]
+    terms: Terms
+    """What became of the layer's output."""
     parent: LazyLogits | None = None
     how: Callable[[Tensor], Tensor] | None = None
     """These logits from the parent's."""
@@ -130,33 +134,40 @@ def _dense(value: Any) -> Any:
 
 
 class _Head(torch.autograd.Function):
-    """A node that gives a LazyLogits its history; its backward pass is the linear layer's."""
+    """A node that gives a LazyLogits its history; its backward pass is the linear layer's, and that of what came after it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-        ctx.save_for_backward(x, weight)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, terms: Terms) -> Tensor:
+        ctx.save_for_backward(x, weight, bias)
+        ctx.terms = terms
         shape = (*x.shape[:-1], weight.shape[0])
         return Tensor._make_wrapper_subclass(LazyLogits, shape, dtype=dtype, device=x.device)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad
+        x, weight, bias = ctx.saved_tensors
+        wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        if ctx.terms.tanh:
+            with torch.enable_grad():
+                z = F.linear(x.detach(), weight.detach(), bias).float().detach().requires_grad_()
+                (grad,) = torch.autograd.grad(shaped(z, ctx.terms), z, grad.float())
+        elif ctx.terms.pre != 1.0:
+            grad = grad * ctx.terms.pre
         grad = grad.to(x.dtype)
         rows = grad.reshape(-1, grad.shape[-1])
         dx = (grad @ weight) if wants_x else None
         dw = rows.t() @ x.reshape(-1, x.shape[-1]) if wants_weight else None
-        return dx, dw, rows.sum(0) if wants_bias else None, None
+        return dx, dw, rows.sum(0) if wants_bias else None, None, None
 
 
 def _made(
     x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype,
-    parent: LazyLogits | None = None, how: Callable[[Tensor], Tensor] | None = None,
+    parent: LazyLogits | None = None, how: Callable[[Tensor], Tensor] | None = None, terms: Terms = Terms(),
 ) -> LazyLogits:  # fmt: skip
     with torch.enable_grad():
-        out: LazyLogits = _Head.apply(x, weight, bias, dtype)
+        out: LazyLogits = _Head.apply(x, weight, bias, dtype, terms)
     held = (x, weight) if bias is None else (x, weight, bias)
-    out._source = _Source(x, weight, bias, tuple(t._version for t in held), parent, how)
+    out._source = _Source(x, weight, bias, tuple(t._version for t in held), terms, parent, how)
     return out
 
 
@@ -168,7 +179,7 @@ def _of_rows(z: LazyLogits, how: Callable[[Tensor], Tensor], of_x: Callable[[Ten
     if not torch.is_grad_enabled():
         return None
     s = z._source
-    return _made(of_x(s.x), s.weight, s.bias, z.dtype, z, how)
+    return _made(of_x(s.x), s.weight, s.bias, z.dtype, z, how, s.terms)
 
 
 def _cast(z: LazyLogits, dtype: torch.dtype) -> LazyLogits | None:
@@ -177,7 +188,7 @@ def _cast(z: LazyLogits, dtype: torch.dtype) -> LazyLogits | None:
     if dtype is not torch.float32 or not torch.is_grad_enabled():  # a narrower one would round again
         return None
     s = z._source
-    return _made(s.x, s.weight, s.bias, dtype, z, lambda t: t.to(dtype))
+    return _made(s.x, s.weight, s.bias, dtype, z, lambda t: t.to(dtype), s.terms)
 
 
 def _float(z: LazyLogits) -> LazyLogits | None:
@@ -220,6 +231,35 @@ def _item(z: LazyLogits, index: Any) -> LazyLogits | None:
     return _of_rows(z, lambda t: t[index], lambda x: x[tuple(given)])
 
 
+def _then(z: LazyLogits, terms: Terms, how: Callable[[Tensor], Tensor]) -> LazyLogits | None:
+    """`how` of the logits, which makes their `terms` these."""
+    if not torch.is_grad_enabled():
+        return None
+    s = z._source
+    return _made(s.x, s.weight, s.bias, z.dtype, z, how, terms)
+
+
+def _times(z: LazyLogits, others: Any, by: Callable[[float], float], how: Callable[..., Tensor]) -> LazyLogits | None:
+    if len(others) != 1 or type(others[0]) not in (int, float) or not math.isfinite(others[0]) or not others[0]:
+        return None
+    terms, factor = z._source.terms, by(others[0])
+    terms = terms._replace(post=terms.post * factor) if terms.tanh else terms._replace(pre=terms.pre * factor)
+    return _then(z, terms, lambda t: how(t, others[0]))
+
+
+def _mul(z: LazyLogits, *others: Any, **more: Any) -> LazyLogits | None:
+    return None if more else _times(z, others, lambda n: n, torch.mul)
+
+
+def _div(z: LazyLogits, *others: Any, **more: Any) -> LazyLogits | None:
+    return None if more else _times(z, others, lambda n: 1.0 / n, torch.div)
+
+
+def _tanh(z: LazyLogits, **more: Any) -> LazyLogits | None:
+    terms = z._source.terms
+    return None if more or terms.tanh else _then(z, terms._replace(tanh=True), torch.tanh)
+
+
 def _cross_entropy(  # noqa: PLR0913  # torch's own parameters
     input: Any, target: Any, weight: Any = None, size_average: Any = None, ignore_index: int = -100,
     reduce: Any = None, reduction: str = "mean", label_smoothing: float = 0.0,
@@ -229,9 +269,8 @@ def _cross_entropy(  # noqa: PLR0913  # torch's own parameters
         weight is not None
         or size_average is not None
         or reduce is not None
-        or label_smoothing
-        or reduction not in ("mean", "sum")
-        or input.dtype is not torch.float32
+        or not 0.0 <= label_smoothing <= 1.0
+        or reduction not in ("mean", "sum", "none")
         or s.x.dtype not in _DTYPES
         or s.weight.dtype is not s.x.dtype
         or (s.bias is not None and s.bias.dtype is not s.x.dtype)
@@ -243,8 +282,11 @@ def _cross_entropy(  # noqa: PLR0913  # torch's own parameters
         or not torch.is_grad_enabled()
     ):
         return None
-    with torch.autocast(s.x.device.type, enabled=False):
-        return linear_cross_entropy(s.x, s.weight, s.bias, target, ignore_index=ignore_index, reduction=reduction)
+    kind = s.x.device.type
+    dtype = torch.float32 if torch.is_autocast_enabled(kind) else input.dtype  # a loss of narrow logits is as narrow
+    terms = s.terms._replace(ignore=ignore_index, smoothing=label_smoothing)
+    with torch.autocast(kind, enabled=False):
+        return of_terms(s.x, s.weight, s.bias, target, terms, reduction).to(dtype)
 
 
 _LAZY: dict[Any, Callable[..., Any]] = {
@@ -254,6 +296,9 @@ _LAZY: dict[Any, Callable[..., Any]] = {
     Tensor.view: _view,
     Tensor.reshape: _view,
     Tensor.__getitem__: _item,
+    **dict.fromkeys((Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.mul), _mul),
+    **dict.fromkeys((Tensor.div, Tensor.__truediv__, torch.div, Tensor.true_divide, torch.true_divide), _div),
+    **dict.fromkeys((Tensor.tanh, torch.tanh), _tanh),
     F.cross_entropy: _cross_entropy,
 }
 _AT_THE_LOGITS = {Tensor.retain_grad, Tensor.register_hook, Tensor.grad.__get__}  # type: ignore[attr-defined]  # a slot of C
