@@ -292,15 +292,6 @@ def test_a_pickle_is_the_plain_model(qwen):
     close(logits(model), logits(plain()))
 
 
-def test_weights_that_are_offloaded_are_left_where_they_are(qwen, said, tmp_path):
-    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu"}
-    places |= {"model.rotary_emb": "cpu", "lm_head": "cpu"}
-    model = qwen(kernel_config=config(), device_map=places, offload_folder=str(tmp_path / "offload"))
-    assert [path for path, _ in layouts.layouts(model)] == PLACES[:1]
-    assert any("PyTorch goes on for RMSNormMLP (1)" in line for line in said())
-    close(logits(model), logits(plain()))
-
-
 def test_adapters_and_hooks_are_not_gone_round(qwen, said):
     model = qwen()
     handle = model.model.layers[0].mlp.register_forward_hook(lambda *_: None)

@@ -87,8 +87,8 @@ def _instance_obstacle(module: nn.Module) -> str | None:
     return None if classes.own(held, module) else f"its forward was replaced on this very instance, by {_name(held)}"
 
 
-def bypass(module: nn.Module, reads: Iterable[str]) -> str | None:
-    """What a kernel that reads these attributes would go round, or `None`."""
+def bypass(module: nn.Module, reads: Iterable[str], *, offloaded: bool = False) -> str | None:
+    """What a kernel that reads these attributes would go round, or `None`. `offloaded`: whoever asks brings such weights itself."""
     import torch
 
     inside: dict[str, set[str]] = {}
@@ -112,7 +112,7 @@ def bypass(module: nn.Module, reads: Iterable[str]) -> str | None:
             if owners:
                 inside.setdefault(owners[0], set()).add(".".join((*owners[1:], name)))
     for child, names in inside.items():
-        why = _rounds(module._modules.get(child), names)  # noqa: SLF001  # by name, without __getattr__
+        why = _rounds(module._modules.get(child), names, offloaded=offloaded)  # noqa: SLF001  # by name, without __getattr__
         if why is not None:
             what = child if notation.ANYTHING in names else f"{child}.{min(names)}"
             return f"the kernel reads {what} instead of calling {child}, which {why}"
@@ -133,7 +133,7 @@ def _spelled_out(module: nn.Module, reads: Iterable[str]) -> Iterable[str]:
     return [read for read in reads if read != notation.ANYTHING and not read.endswith("()")]
 
 
-def _rounds(child: nn.Module | None, names: set[str]) -> str | None:  # noqa: PLR0911  # one return for each reason
+def _rounds(child: nn.Module | None, names: set[str], *, offloaded: bool) -> str | None:  # noqa: PLR0911  # one return for each reason
     """Why reading `names` out of `child` is not the same as calling it, or `None`."""
     if child is None:
         return None
@@ -146,7 +146,7 @@ def _rounds(child: nn.Module | None, names: set[str]) -> str | None:  # noqa: PL
         if inner._forward_hooks or inner._forward_pre_hooks:  # noqa: SLF001  # there is no public way to ask
             return "has forward hooks"
         hook = vars(inner).get("_hf_hook")
-        if any(getattr(one, "offload", False) for one in (hook, *getattr(hook, "hooks", ()))):
+        if not offloaded and any(getattr(one, "offload", False) for one in (hook, *getattr(hook, "hooks", ()))):
             return "keeps its weights elsewhere between calls (accelerate)"
         if hook is None and "forward" in vars(inner) and not classes.own(vars(inner)["forward"], inner):
             return "has a forward of its own"

@@ -31,12 +31,15 @@ class Fusion:
     originals: tuple[Any, ...]
     """The modules themselves. Weights that were converted are empty in them meanwhile."""
     steps: tuple[Step, ...]
-    config: Any = None
+    config: Any
+    plain: tuple[Any, ...]
+    """The originals as their forward is computed: themselves, or ones without the hooks that would bring their weights."""
     lock: Any = field(default_factory=threading.RLock)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Fusion:
-        originals = copy.deepcopy(self.originals, memo)
-        return Fusion(self.names, originals, self.steps, copy.deepcopy(self.config, memo))
+        originals, config = copy.deepcopy(self.originals, memo), copy.deepcopy(self.config, memo)
+        plain = originals if self.plain is self.originals else copy.deepcopy(self.plain, memo)
+        return Fusion(self.names, originals, self.steps, config, plain)
 
     def taken_apart(self, layout: nn.Module) -> dict[str, Tensor]:
         """The weights of the originals, in their order, by their names below the parent."""
@@ -59,7 +62,7 @@ class Fusion:
         from torch.func import functional_call
 
         weights = self.taken_apart(layout)
-        for name, original in zip(self.names, self.originals, strict=True):
+        for name, original in zip(self.names, self.plain, strict=True):
             own = {n.removeprefix(f"{name}."): t for n, t in weights.items() if n.startswith(f"{name}.")}
             if original.training != layout.training:
                 original.train(layout.training)

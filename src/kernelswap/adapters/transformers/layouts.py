@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from ...errors import UndoConflict
 from ...slots import module as module_slot
 from ...slots.obstacles import bypass
+from . import layout_offload as offload
 from .conversion import USED, Declined, steps, tensors
 from .layout_classes import HELD, PARENT, Fusion, layout_class, parent_class
 
@@ -59,8 +60,11 @@ def fuse(
     originals = tuple(getattr(holder, name) for name in names)
     children = dict(zip(names, originals, strict=True))
     config = getattr(model, "config", None)
-    weights = _judge(model, holder, children)
-    args, kwargs = arguments if arguments is not None else (originals, {})
+    hooks = offload.hooks(children)
+    weights = _judge(model, holder, children, away=bool(hooks))
+    kept = offload.Kept(children, hooks) if hooks else None
+    plain = offload.without_hooks(originals) if hooks else originals
+    args, kwargs = arguments if arguments is not None else (plain, {})
     device = next((t.device for t in weights.values()), torch.device("cpu"))
     try:
         with torch.random.fork_rng(devices=[]), device:
@@ -70,7 +74,12 @@ def fuse(
     transforms = getattr(layout, "conversion_mapping", ())
     base = "" if hasattr(model, getattr(model, "base_model_prefix", "") or " ") else getattr(model, "base_model_prefix", "")
     found = steps(transforms, tuple(weights), f"{parent}.", names[0], (f"{base}." if base else ""))
-    fusion = Fusion(names, originals, found, config)
+    fusion = Fusion(names, originals, found, config, plain)
+    if kept is not None:
+        weights = {
+            n: torch.nn.Parameter(kept[n], t.requires_grad) if isinstance(t, torch.nn.Parameter) else kept[n]
+            for n, t in weights.items()
+        }
     with torch.no_grad():
         _fill(made, fusion, weights)
         apart = fusion.taken_apart(made)
@@ -82,22 +91,27 @@ def fuse(
     stuck = [name for name, t in weights.items() if t.requires_grad and not flows[name].requires_grad]
     if stuck:
         raise Declined(f"no gradient flows back through the conversion of {', '.join(stuck)}")
-    _put(holder, made, fusion, weights)
+    if kept is None:
+        _empty(made, weights)
+        _put(holder, made, fusion, {})
+    else:
+        converted = offload.Converted(kept, found, names[0], config)
+        _put(holder, made, fusion, offload.follow(made, children, converted, hooks))
     return made
 
 
-def _judge(model: nn.Module, holder: nn.Module, children: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """The weights of the children, where nothing stands in the way.
+def _judge(model: nn.Module, holder: nn.Module, children: Mapping[str, nn.Module], *, away: bool) -> dict[str, Tensor]:
+    """The weights of the children, where nothing stands in the way. `away`: they are offloaded.
 
     Raises:
         Declined: something does.
     """
     weights = tensors(children)
-    why = bypass(holder, children)
+    why = bypass(holder, children, offloaded=away)
     if why is not None:
         raise Declined(why)
-    if away := [name for name, t in weights.items() if t.is_meta]:
-        raise Declined(f"{', '.join(away)} is kept elsewhere between calls (offloaded)")
+    if not away and (lost := [name for name, t in weights.items() if t.is_meta]):
+        raise Declined(f"{', '.join(lost)} is not loaded")
     for name, child in children.items():
         state = set(child.state_dict())
         if left := [n for n, _ in child.named_buffers() if n not in state]:
@@ -140,17 +154,24 @@ def _fill(layout: nn.Module, fusion: Fusion, weights: Mapping[str, Tensor]) -> N
         held[last] = tensor  # type: ignore[assignment]  # a Parameter where there was one
 
 
-def _put(holder: nn.Module, layout: nn.Module, fusion: Fusion, weights: Mapping[str, Tensor]) -> None:
+def _empty(layout: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Let go of the originals' weights that the layout has in another form."""
     import torch
 
     kept = {id(t) for t in layout.state_dict(keep_vars=True).values()}
-    vars(layout)[HELD] = fusion
-    layout.train(fusion.originals[0].training)
     for tensor in weights.values():
         if id(tensor) not in kept:
             tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+
+
+def _put(holder: nn.Module, layout: nn.Module, fusion: Fusion, others: Mapping[str, nn.Module]) -> None:
+    """`others`: what takes the place of an original that is not the first, where it is no plain Identity."""
+    import torch
+
+    vars(layout)[HELD] = fusion
+    layout.train(fusion.originals[0].training)
     for name in fusion.names:
-        empty = torch.nn.Identity().train(layout.training)
+        empty = (others.get(name) or torch.nn.Identity()).train(layout.training)
         holder._modules[name] = layout if name == fusion.names[0] else empty  # noqa: SLF001  # in its place, without __setattr__ of a parent
     if PARENT not in vars(type(holder)):
         object.__setattr__(holder, "__class__", parent_class(type(holder)))
@@ -184,7 +205,9 @@ def unfuse(model: nn.Module, only: Sequence[str] | None = None) -> None:
         held = tensors({fusion.names[0]: layout})
         with torch.no_grad():
             apart = fusion.taken_apart(layout)
-        for step in fusion.steps:
+        if away := fusion.plain is not fusion.originals and offload.released(layout):
+            offload.release(fusion.originals)
+        for step in fusion.steps if away or fusion.plain is fusion.originals else ():
             trains = any(held[name].requires_grad for name in step.targets.values())
             for name in (n for names in step.sources.values() for n in names):
                 child, _, inner = name.partition(".")
@@ -193,6 +216,9 @@ def unfuse(model: nn.Module, only: Sequence[str] | None = None) -> None:
                 if not step.operations:
                     mine = owner._parameters if last in owner._parameters else owner._buffers  # noqa: SLF001  # as above
                     mine[last] = held[step.targets[""]]
+                    continue
+                if away:
+                    owner._parameters[last] = torch.nn.Parameter(apart[name].detach(), trains)  # noqa: SLF001  # as above
                     continue
                 tensor = getattr(owner, last)
                 tensor.data = apart[name].detach()
