@@ -9,8 +9,9 @@ Row E0 asks that no ratio is below 1. Accuracy of the logits is against a float3
     --graph      prefill 1x2048 captured in CUDA graphs, beside torch.compile(model) captured
     --tokens     256 greedy tokens against the original's, with the original's top-2 gap where they part
     --generate   generate() with a dynamic cache, at lengths that were never met
+    --train200   losses over 200 training steps on text, two seeds of the original and the swapped model (its own small size)
     --all        all of these
-    --only A,B   of accuracy, prefill, decode, training, graph, tokens, generate: these (their flags included)
+    --only A,B   of accuracy, prefill, decode, training, graph, tokens, generate, train200: these (their flags included)
     --add        keep the rows that OUT.json has and that this run does not measure
 """
 
@@ -62,9 +63,9 @@ PREFILL = [(1, 16), (1, 128), (1, 512), (1, 2048), (8, 2048)]
 FAR = 0.1
 """Two right implementations in bfloat16 end within a few hundredths of each other."""
 COMPILED = [(1, 2048), (8, 2048)]
-PARTS = ("accuracy", "prefill", "decode", "training", "graph", "tokens", "generate")
-OPTIONAL = ("graph", "tokens", "generate")
-FLAGS = {"--attention", "--compile", "--liger", "--graph", "--tokens", "--generate", "--all", "--only", "--add"}
+PARTS = ("accuracy", "prefill", "decode", "training", "graph", "tokens", "generate", "train200")
+OPTIONAL = ("graph", "tokens", "generate", "train200")
+FLAGS = {"--attention", "--compile", "--liger", "--graph", "--tokens", "--generate", "--train200", "--all", "--only", "--add"}
 ROWS: list[dict[str, object]] = []
 Models = dict[str, Any]
 
@@ -248,6 +249,18 @@ def generate(size: str, models: Models) -> None:
         row(f"{size} generate new lengths batch {batch}", middle)
 
 
+def trained() -> None:
+    import gpu_train
+
+    found = gpu_train.compare(lambda m: ks.swap(m, loss=True, require="LMHead"), 200 if CUDA else 40)
+    add({"row": "losses over training steps on text", **found})
+    print(
+        f"losses on text: apart from the original's by {found['apart']} (means of {gpu_train.WINDOW} steps); "
+        f"the swap's distance is {'within' if found['within_seeds'] else 'NOT within'} that of another seed",
+        flush=True,
+    )
+
+
 def shared(original: Any) -> Any:
     """A copy with the same parameters: modules of its own, no second set of weights."""
     return copy.deepcopy(original, {id(p): p for p in [*original.parameters(), *original.buffers()]})
@@ -294,7 +307,10 @@ def main(argv: list[str]) -> None:
     for path in (Path(a) for a in argv if a.endswith(".json")):
         if "--add" in asked and path.is_file():
             ROWS.extend(json.loads(path.read_text())["rows"])
-    for size in sizes:
+    if "train200" in parts:
+        trained()
+        parts.discard("train200")
+    for size in sizes if parts else ():
         weights = sum(p.numel() for p in model_on_meta(size).parameters()) * 2
         copies_needed = 2 + ("--attention" in asked)
         if weights * (copies_needed + 0.5) > free_bytes():
@@ -331,7 +347,11 @@ def one_size(size: str, asked: set[str], parts: set[str]) -> None:
         graphed(size, models)
     if "training" in parts:
         torch.compiler.reset()
-        training(size, models if size == "8b" else models | rivals(original, asked, copies=True))
+        if size != "8b":
+            models["swapped+loss"] = copy.deepcopy(original)
+            print(ks.swap(models["swapped+loss"], loss=True, require="LMHead").explain())
+            models |= rivals(original, asked, copies=True)
+        training(size, models)
 
 
 def model_on_meta(size: str) -> Any:

@@ -43,13 +43,19 @@ def script(name, *argv, timeout=280):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the size for machines without a GPU")
 def test_every_row_of_the_whole_model_can_be_measured(tmp_path):
     out = tmp_path / "model.json"
-    done = script("gpu_model.py", out, "tiny", "--attention", "--only", "accuracy,prefill,decode,training,tokens,generate")
+    done = script(
+        "gpu_model.py", out, "tiny", "--attention", "--only", "accuracy,prefill,decode,training,tokens,generate,train200"
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     rows = {row["row"]: row for row in json.loads(out.read_text())["rows"]}
     assert list(rows) == [
-        "tiny logits error against float32", "tiny prefill 1x16", "tiny prefill 2x24", "tiny decode step batch 2",
+        "losses over training steps on text", "tiny logits error against float32", "tiny prefill 1x16", "tiny prefill 2x24", "tiny decode step batch 2",
         "tiny generate new lengths batch 2", "tiny greedy 24 tokens batch 2", "tiny training step 2x24",
     ]  # fmt: skip
+    assert set(rows["tiny training step 2x24"]["losses"]) == {"original", "swapped", "swapped+attention", "swapped+loss"}
+    losses = rows["losses over training steps on text"]
+    assert losses["within_seeds"]
+    assert all(run[-1] < run[0] - 0.1 for run in losses["losses"].values())
     assert set(rows["tiny prefill 1x16"]["speedup"]) == {"swapped", "swapped+attention"}
     assert rows["tiny greedy 24 tokens batch 2"]["against_original"]["swapped"]["sequences"] == 2
     kept = script("gpu_model.py", out, "tiny", "--only", "accuracy", "--add")
