@@ -235,6 +235,21 @@ def eps_a_tenth_more():
 
 
 @wrong("llama")
+def eps_a_hundredth_more():
+    return lambda self, hidden_states: _rms(hidden_states, self.weight, 1.01 * self.variance_epsilon)
+
+
+@wrong("llama")
+def a_thousandth_too_large():
+    def forward(self, hidden_states):
+        wide = hidden_states.float()
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.variance_epsilon)
+        return (1.001 * wide * scale * self.weight.float()).to(hidden_states.dtype)  # within one rounding of bfloat16 everywhere
+
+    return forward
+
+
+@wrong("llama")
 def no_eps():
     def forward(self, hidden_states):
         wide = hidden_states.float()
@@ -710,6 +725,46 @@ def blocks_of_the_inner_dimension():
         return total.to(x.dtype)
 
     return forward
+
+
+class _Gate(torch.autograd.Function):
+    """A linear layer whose weight's gradient is changed."""
+
+    @staticmethod
+    def forward(ctx, x, weight, change):
+        ctx.save_for_backward(x, weight)
+        ctx.change = change
+        return F.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        flat = dy.reshape(-1, dy.shape[-1]).float()
+        dw = flat.t() @ x.reshape(-1, x.shape[-1]).float()
+        return dy @ weight, ctx.change(dw).to(weight.dtype), None
+
+
+def _with_gate(change):
+    return lambda self, x: self.down_proj(F.silu(_Gate.apply(x, self.gate_proj.weight, change)) * self.up_proj(x))
+
+
+@right("mlp")
+def gradient_of_the_gate_by_hand():
+    return _with_gate(lambda dw: dw)
+
+
+@wrong("mlp", training=True)
+def weight_gradient_two_percent_large():
+    return _with_gate(lambda dw: dw * 1.02)
+
+
+@wrong("mlp", training=True)
+def weight_gradient_a_quarter_large_in_one_row():
+    def change(dw):
+        dw[3] *= 1.25
+        return dw
+
+    return _with_gate(change)
 
 
 @wrong("mlp")

@@ -17,6 +17,7 @@ from .agree import Differs, Result
 
 T = TypeVar("T")
 SEED = 20260
+PERIOD = 65521  # of periodic cotangents: prime, so that no two rows get the same
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +28,8 @@ class Want:
     """By their order among the tensors of the call."""
     parameters: bool = False
     kind: str = "random"
-    """`random`; `expanded`: one number for all, as `out.sum().backward()` gives; `first`: through the first output alone."""
+    """`random`; `periodic`: random numbers again and again, where there are many; `expanded`: one number for all, as
+    `out.sum().backward()` gives; `first`: through the first output alone."""
 
 
 def names(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], *, bound: bool) -> list[str]:
@@ -69,33 +71,40 @@ def call(
     before = memory.seed(device, SEED)
     with torch.enable_grad() if want is not None else nullcontext():
         out = function(*args, **kwargs) if module is None else function(module, *args, **kwargs)
-    drew = not memory.same_seed(device, before)
-    flat, structure = pytree.tree_flatten(out)
-    result = Result([t for t in flat if isinstance(t, Tensor)], structure, drew)
+    found = result(out, drew=not memory.same_seed(device, before))
     if want is not None:
-        _differentiate(result, sources, want, cotangents)
-    return result
+        _differentiate(found, sources, want, cotangents)
+    return found
 
 
-def _differentiate(result: Result, sources: dict[str, Tensor], want: Want, cotangents: Sequence[Tensor] | None) -> None:
-    outputs = result.outputs
+def result(output: Any, *, drew: bool) -> Result:
+    """What a call returned, as a `Result`."""
+    flat, structure = pytree.tree_flatten(output)
+    return Result([t for t in flat if isinstance(t, Tensor)], structure, drew)
+
+
+def _differentiate(found: Result, sources: dict[str, Tensor], want: Want, cotangents: Sequence[Tensor] | None) -> None:
+    outputs = found.outputs
     roots = [i for i, t in enumerate(outputs) if t.is_floating_point()][: 1 if want.kind == "first" else None]
     roots = [i for i in roots if outputs[i].requires_grad]
     given = list(cotangents) if cotangents is not None else [_cotangent(t, i, want.kind) for i, t in enumerate(outputs)]
-    found: Sequence[Tensor | None] = [None] * len(sources)
+    gradients: Sequence[Tensor | None] = [None] * len(sources)
     if roots and sources:
-        found = torch.autograd.grad(
+        gradients = torch.autograd.grad(
             [outputs[i] for i in roots], list(sources.values()), [given[i] for i in roots], allow_unused=True
         )
-    result.outputs = [t.detach() for t in outputs]
-    result.gradients, result.cotangents = dict(zip(sources, found, strict=True)), given
+    found.outputs = [t.detach() for t in outputs]
+    found.gradients, found.cotangents = dict(zip(sources, gradients, strict=True)), given
 
 
 def _cotangent(like: Tensor, salt: int, kind: str) -> Tensor:
     if kind == "expanded":
         return torch.full((), 0.75, dtype=like.dtype, device=like.device).expand(like.shape)
     source = torch.Generator("cpu").manual_seed(SEED + salt)
-    return torch.randn(like.shape, generator=source, dtype=torch.float32, device="cpu").to(like.device, like.dtype)
+    if kind == "random" or like.numel() <= PERIOD:
+        return torch.randn(like.shape, generator=source, dtype=torch.float32, device="cpu").to(like.device, like.dtype)
+    few = torch.randn(PERIOD, generator=source, dtype=torch.float32, device="cpu").to(like.device, like.dtype)
+    return few.repeat(-(-like.numel() // PERIOD))[: like.numel()].reshape(like.shape)
 
 
 def guarded(ask: Callable[[], T]) -> T:

@@ -4,13 +4,15 @@ Two questions, asked once per machine and kept as verdicts. Before a swap (`equi
 layouts: do the two compute the same thing? This decides Gemma's `1 + weight` and the place of eps; names never do. On the first
 real call (`first_call`), on the user's own tensors and on shapes derived from them: is it as accurate as the original?
 
-What a first call costs when no verdict is known: one more forward of the original at full size, and a bounded amount of work
-(`PART` elements) on rows taken from the call, in float64 too. With a verdict: a dictionary lookup.
+What a first call costs where random tensors have accepted the kernel and no verdict is known: one more forward of the original, and
+a few rows in float64 (`quick`). Where nothing was proved before, or who asks wants to know, everything is looked at, on up to
+`PART` elements (`Real.on_copies`). With a verdict: a dictionary lookup.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +22,7 @@ import torch
 from torch import nn
 
 from ..types import Artifact, Implementation, Machine, Run, Site, Verdict
-from . import head, inputs, keys, memory, trial
+from . import head, inputs, keys, memory, quick, trial
 from .agree import Differs
 from .child import Contact, Contain
 from .inputs import Case, Subject
@@ -62,6 +64,8 @@ class Check:
     ) -> None:
         self.store, self.machine, self.mode, self.backend, self.seed = store, machine, mode, backend, seed
         self.traced = traced
+        self.thorough = False
+        """Set to look at real calls as if nothing had been found on random tensors: `first_call` then never is `quick`."""
         self.contact = Contact(contain, time_limit)
         self._memo: dict[tuple[Any, ...], Verdict] = {}
         self._lock = threading.RLock()
@@ -114,16 +118,7 @@ class Check:
             place = keys.place(device)
         except (RuntimeError, AttributeError, AssertionError):  # torch asserts that it was built for the device
             return Verdict(accepted=False, reason=f"there is no way to test it on {site.device} in {site.dtype}")
-        parts = (
-            "random",
-            self.seed,
-            keys.kernel(candidate),
-            keys.subject(site, module, original),
-            str(dtype),
-            place,
-            (run.training, run.compiled, self.backend if run.compiled else ""),
-            self._asks_for_traces(candidate, run),
-        )
+        parts = self._random_parts(site, module, original, candidate, run, dtype, place)
         with self._lock:
             known = self._known(parts)
             if known is not None:
@@ -137,6 +132,45 @@ class Check:
                     why = f"there is no way to test it: {type(e).__name__}: {' '.join(str(e).split())[:300]}"
                     verdict, lasting = Verdict(accepted=False, reason=why), False
                 return self._keep(parts, _holding(verdict, keys.about(candidate, site, device, run, None)), lasting=lasting)
+
+    def _random_parts(
+        self,
+        site: Site,
+        module: nn.Module,
+        original: Callable[..., Any],
+        candidate: Implementation,
+        run: Run,
+        dtype: torch.dtype,
+        place: Any,
+    ) -> tuple[Any, ...]:
+        """What the verdict on random tensors holds for."""
+        return (
+            "random",
+            self.seed,
+            keys.kernel(candidate),
+            keys.subject(site, module, original),
+            str(dtype),
+            place,
+            (run.training, run.compiled, self.backend if run.compiled else ""),
+            self._asks_for_traces(candidate, run),
+        )
+
+    def _random_accepted(
+        self, site: Site, module: nn.Module, original: Callable[..., Any], candidate: Implementation, run: Run, real: Real
+    ) -> bool:
+        """Whether random tensors have accepted the kernel for this kind of call: in its dtype, here, with gradients if it wants them."""
+        if not real.held or not site.row.probe or torch.is_autocast_enabled(real.device.type):
+            return False
+        dtype = real.held[0].dtype
+        if str(dtype).removeprefix("torch.") != site.dtype.removeprefix("torch."):
+            return False
+        place = keys.place(real.device)
+        runs = dict.fromkeys(
+            (run, *(dataclasses.replace(run, training=t, compiled=c) for t in (run.training, True) for c in (False, True)))
+        )
+        with self._lock:
+            verdicts = (self._known(self._random_parts(site, module, original, candidate, r, dtype, place)) for r in runs)
+            return any(v is not None and v.accepted for v in verdicts)
 
     def _random(self, subject: Subject, candidate: Implementation, run: Run, cases: Iterator[Case]) -> tuple[Verdict, bool]:
         errors, skipped, pairs = trial.Errors(), "", _Pairs(subject, candidate, run)
@@ -218,22 +252,32 @@ class Check:
         if self.mode == "off":
             return real.by_kernel(Verdict(accepted=True, reason="not checked: check is off"))
         parts = _real_parts(site, module, original, candidate, run, real)
-        with self._lock:  # one check at a time: they seed the generators. Never held while a real module is called
+        with self._lock:
             known = self._known(parts) if self.mode == "first-use" and not anew else None
-            if known is None:
-                with (
-                    self._alone(),
-                    memory.quiet(real.device),
-                    memory.one_thread(wanted=real.module is None or memory.light(module)),
-                ):
-                    verdict, lasting = real.on_copies()
         if known is not None:
             return real.by_kernel(known) if known.accepted else (real.by_original(), known)
         about = keys.about(candidate, site, real.device, run, inputs.count(real.held))
+        if (
+            not (anew or self.thorough)
+            and self.mode == "first-use"
+            and self._random_accepted(site, module, original, candidate, run, real)
+        ):
+            found = quick.answer(real, functools.partial(self._aside, real))
+            if found is not None:
+                output, verdict, lasting = found
+                return output, self._keep(parts, _holding(verdict, about), lasting=lasting)
+        with self._aside(real, small=real.module is None or memory.light(module)):
+            verdict, lasting = real.on_copies()
         if not verdict.accepted:
             return real.by_original(), self._keep(parts, _holding(verdict, about), lasting=lasting)
         output, verdict = real.answered(verdict)
         return output, self._keep(parts, _holding(verdict, about), lasting=True)
+
+    @contextmanager
+    def _aside(self, real: Real, *, small: bool) -> Iterator[None]:
+        """One check at a time, and nothing of the caller's state in it."""
+        with self._lock, self._alone(), memory.quiet(real.device), memory.one_thread(wanted=small):
+            yield
 
     def known(
         self,

@@ -21,8 +21,6 @@ from .reference import twin
 BIG = 1 << 22
 """Parameters of one module above which its own weights are used (copied) instead of random ones."""
 PRIME, MANY = 61, 307  # rows: enough for statistics; across the 256-row bucket and past the grain of a thread
-
-
 _PLAIN: Any = {"dtype": torch.float32, "device": "cpu"}  # whatever the caller's defaults are
 
 
@@ -40,6 +38,8 @@ class Case:
     """Rounding errors are independent here, so that common factors show (`tolerance.coherent`)."""
     counts: bool = False
     """Its errors are those that a verdict reports; generic ones count as well."""
+    sums: bool = False
+    """Elements of the output are sums of many terms: small ones are what is left of large ones."""
     vanishing: bool = False
     """Gradients may vanish for whole rows; what is left of them there is noise."""
     thorough: bool = False
@@ -267,18 +267,18 @@ def mlp(subject: Subject) -> Iterator[Case]:
     n = in_features(subject.module)
     if n is None:
         return
-    yield Case("17 tokens", (subject.normal(1, 17, n, salt=1),), counts=True, thorough=True)
-    yield Case("1 token", (subject.normal(1, 1, n, salt=2),))
+    yield Case("17 tokens", (subject.normal(1, 17, n, salt=1),), counts=True, thorough=True, sums=True)
+    yield Case("1 token", (subject.normal(1, 1, n, salt=2),), sums=True)
     large = 30.0 if subject.dtype == torch.float16 else 120.0  # gates beyond exp's range; in float16 products would overflow
     big = sum(p.numel() for p in subject.module.parameters()) > BIG
-    yield Case("3x5 tokens", (subject.normal(3, 5, n, salt=3),), thorough=not big)
-    yield Case("rows of many kinds (tiny, large, zero, constant, outlier)", (_kinds(subject, n, 4, large)[:11],))
+    yield Case("3x5 tokens", (subject.normal(3, 5, n, salt=3),), thorough=not big, sums=True)
+    yield Case("rows of many kinds (tiny, large, zero, constant, outlier)", (_kinds(subject, n, 4, large)[:11],), sums=True)
     for name, x, _ in list(_layouts(subject, n))[1 : 3 if big else None]:
-        yield Case(name, (x,))
-    yield Case("no tokens", (subject.normal(1, 0, n, salt=5),))
+        yield Case(name, (x,), sums=True)
+    yield Case("no tokens", (subject.normal(1, 0, n, salt=5),), sums=True)
     x = subject.normal(5, n, salt=6)
     x[2, n // 2] = torch.nan
-    yield Case("5 tokens, a NaN in one", (x,), differentiable=())
+    yield Case("5 tokens, a NaN in one", (x,), differentiable=(), sums=True)
 
 
 # -- rotary -------------------------------------------------------------------------------------------------------

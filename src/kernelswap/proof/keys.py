@@ -21,7 +21,7 @@ from .. import render, sites
 from ..types import Artifact, Implementation, Run, Site
 from . import inputs
 
-CHECK_VERSION = 2
+CHECK_VERSION = 3
 """Raised when the checks become stricter: older verdicts are void then."""
 
 _SCALARS = (int, float, bool, str, type(None))

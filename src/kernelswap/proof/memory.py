@@ -165,6 +165,17 @@ def seed(device: torch.device, value: int) -> list[Tensor]:
     return [g.manual_seed(value).get_state() for g in _generators(device)]
 
 
+def states(device: torch.device) -> list[Tensor]:
+    """Of the generators that a call on `device` may draw from."""
+    return [g.get_state() for g in _generators(device)]
+
+
+def restore(device: torch.device, held: Sequence[Tensor]) -> None:
+    """Set them back to what `states` returned."""
+    for generator, state in zip(_generators(device), held, strict=True):
+        generator.set_state(state)
+
+
 def same_seed(device: torch.device, states: Sequence[Tensor]) -> bool:
     """Whether nobody drew since `seed` returned `states`."""
     return all(torch.equal(g.get_state(), s) for g, s in zip(_generators(device), states, strict=True))

@@ -31,6 +31,8 @@ DERIVED = 13  # rows of the non-contiguous shape made from a real call: prime, a
 
 ROWWISE = frozenset({"rows", "gated_rows", "elementwise", "gated", "mlp", "head"})
 """Probes whose outputs depend, row by row, on the same row of their inputs alone."""
+SUMMED = frozenset({"mlp", "head"})
+"""Probes whose outputs are sums of many terms; see `Case.sums`."""
 
 
 # -- verdicts in words ---------------------------------------------------------------------------------------------
@@ -104,11 +106,12 @@ class Real:
         """The original's answer, as if nobody had asked a kernel."""
         return call(self.original, self.module, self.args, self.kwargs)
 
-    def by_kernel(self, verdict: Verdict) -> tuple[Any, Verdict]:
-        """The kernel's answer under an accepting verdict; when it raises, the original's and a refusal."""
+    def by_kernel(self, verdict: Verdict, leaves: list[Any] | None = None) -> tuple[Any, Verdict]:
+        """The kernel's answer under an accepting verdict; when it raises, the original's and a refusal. `leaves`: copies of the call's own."""
+        args, kwargs = (self.args, self.kwargs) if leaves is None else pytree.tree_unflatten(leaves, self.spec)
         try:
             with memory.on(self.device):
-                return call(self.candidate.forward, self.module, self.args, self.kwargs), verdict
+                return call(self.candidate.forward, self.module, args, kwargs), verdict
         except Exception as e:  # noqa: BLE001  # a kernel may raise anything: the original answers, and the reason is kept
             why = f"raises {type(e).__name__}: {' '.join(str(e).split())[:300]}"
         return self.by_original(), Verdict(accepted=False, reason=why, key=verdict.key)
@@ -117,7 +120,7 @@ class Real:
         """Check rows of the call, and shapes derived from it. The second value: whether the verdict holds tomorrow."""
         if (why := self.untestable()) is not None:
             return Verdict(accepted=False, reason=f"cannot be tested: {why}"), True
-        if self.module is not None and not _can_copy(self.module):
+        if self.module is not None and not can_copy(self.module):
             return accepted(trial.Errors(reference="the original itself: its weights cannot be copied")), True
         errors, name = trial.Errors(), "this call"
         try:
@@ -146,12 +149,16 @@ class Real:
     def paired(self) -> trial.Pair:
         """Both on a copy of the module whose tensors are its own (up to `OWN` bytes)."""
         module = None if self.module is None else _copy(self.module)
+        self.ask(module)
+        original, kernel = (head.through(self.site.row.probe, f) for f in (self.original, self.candidate.forward))
+        return trial.Pair(original, kernel, module, Reference(original, module, self.device), self.device)
+
+    def ask(self, module: nn.Module | None) -> None:
+        """Find out which gradients the call is asked for."""
         trainable = module is not None and any(p.requires_grad for p in module.parameters())
         differentiable = tuple(i for i, t in enumerate(self.held) if t.requires_grad)
         if self.graded and (differentiable or trainable):
             self.want = Want(differentiable, parameters=trainable)
-        original, kernel = (head.through(self.site.row.probe, f) for f in (self.original, self.candidate.forward))
-        return trial.Pair(original, kernel, module, Reference(original, module, self.device), self.device)
 
     def cases(self) -> Iterator[Case]:
         """The call, or as many of its rows as `PART` allows; then one row, 13, 13 with gaps between, none; then the sizes left.
@@ -160,7 +167,7 @@ class Real:
         """
         probe, n = self.site.row.probe, positions(self.site.row.probe, self.leaves, self.dim)
         if self.size <= PART:
-            yield self.case("this call", [_own(v) for v in self.leaves], counts=True)
+            yield self.case("this call", [own(v) for v in self.leaves], counts=True)
         elif n:
             rows = max(1, min(n, PART // max(1, self.size // n)))
             if (picked := self.taken(torch.linspace(0, n - 1, rows, dtype=torch.float64, device="cpu").long())) is not None:
@@ -172,7 +179,7 @@ class Real:
             if (picked := self.taken(torch.tensor(index, dtype=torch.long, device="cpu"))) is not None:
                 yield self.case(name, picked)
                 if index == few:
-                    yield self.case(f"{name}, non-contiguous", [_strided(v) for v in picked])
+                    yield self.case(f"{name}, non-contiguous", [strided(v) for v in picked])
         for rows in OTHERS:
             if keys.size_of(rows) != keys.size_of(n) and rows * (self.size // n) <= PART:
                 picked = self.taken(torch.arange(rows, device="cpu") % n)
@@ -182,12 +189,12 @@ class Real:
     def taken(self, index: Tensor) -> list[Any] | None:
         """Rows of the call, copied."""
         picked = take(self.site.row.probe, self.leaves, index, self.dim)
-        return None if picked is None else [_own(v) for v in picked]
+        return None if picked is None else [own(v) for v in picked]
 
     def case(self, name: str, leaves: Sequence[Any], *, counts: bool = False) -> Case:
         """Leaves in the places of the call's own. Never generic: real activations have outliers."""
         args, kwargs = pytree.tree_unflatten(list(leaves), self.spec)
-        return Case(name, args, kwargs, counts=counts)
+        return Case(name, args, kwargs, counts=counts, sums=self.site.row.probe in SUMMED)
 
     def answered(self, verdict: Verdict) -> tuple[Any, Verdict]:
         """The kernel's answer. Where only rows of it were checked, all of it is now held against the original's.
@@ -226,7 +233,7 @@ class Real:
             start = 0
             for some_k, some_o in zip(_blocks(k), _blocks(o), strict=True):
                 wide = some_o if o.device.type == "mps" else some_o.double()
-                found = compare(some_k, some_o, wide, slack=BOTH)
+                found = compare(some_k, some_o, wide, sums=self.site.row.probe in SUMMED, slack=BOTH)
                 if found.wrong is not None:
                     why = why or f"differs in output, {found.wrong} (in the whole call)"
                     suspects += [start + i for i in _worst(some_k.to(wide), wide)]
@@ -241,7 +248,7 @@ class Real:
         try:
             with memory.quiet(self.device), torch.no_grad():
                 mine = [t.reshape(-1, t.shape[-1])[rows.to(t.device)] for t in kernel]
-                trial.rejudge(self.pair, case, mine)
+                trial.rejudge(self.pair, case, mine, trial.Errors())
         except (Differs, trial.Skip) as e:
             return f"{e} (of rows {', '.join(map(str, rows[:3].tolist()))}{', ...' if len(rows) > 3 else ''} of the whole call)"
         return None
@@ -255,7 +262,7 @@ def _worst(kernel: Tensor, original: Tensor) -> list[int]:
     return [int(i) for m in measures for i in m.nan_to_num(torch.inf).topk(few).indices]
 
 
-def _can_copy(module: nn.Module) -> bool:
+def can_copy(module: nn.Module) -> bool:
     """Whether its tensors are all here and ordinary; offloaded, sharded and quantised ones are not."""
     return all(not t.is_meta and type(t) in (Tensor, nn.Parameter, nn.Buffer) for t in tensors(module).values())
 
@@ -269,7 +276,7 @@ def _leaf(tensor: Tensor, like: Tensor) -> Tensor:
     return nn.Parameter(tensor, requires_grad=like.requires_grad) if isinstance(like, nn.Parameter) else tensor
 
 
-def _own(value: Any) -> Any:
+def own(value: Any) -> Any:
     """A copy in the same layout; a tensor that was a view with gaps keeps its strides."""
     if not isinstance(value, Tensor):
         return value
@@ -282,7 +289,7 @@ def _own(value: Any) -> Any:
     return copy.copy_(held)
 
 
-def _strided(value: Any) -> Any:
+def strided(value: Any) -> Any:
     """The same numbers, every second row of a tensor that is NaN elsewhere."""
     if not isinstance(value, Tensor) or value.ndim < 2 or not value.is_floating_point():
         return value

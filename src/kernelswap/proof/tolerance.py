@@ -14,8 +14,14 @@ the reference itself changes when the inputs move by one rounding of the arithme
 ill-conditioned, no answer is held to more digits than the question has.
 
 On inputs with independent rounding errors (`generic` cases) there is a fourth, much sharper one: `coherent`, the part of the
-difference that lies along the reference. Rounding noise averages out there as 1/sqrt(n); an accumulation in bfloat16, or an
-eps of 1e-5 in place of 1e-6, does not.
+difference that lies along the reference. Rounding noise averages out there; an accumulation in bfloat16, or an eps of 1e-5 in
+place of 1e-6, does not. With r = reference and errors r_i e_i, |e_i| <= u, that part is sum(r_i^2 e_i) / sum(r_i^2): its deviation
+is sd(e) sqrt(sum(r_i^4)) / sum(r_i^2), and sd(e) is 0.42 u for one rounding of numbers of all sizes, 0.6 u for two. Fourth powers
+make large elements count: of normal rows times a normal weight a ninth of the elements are as good as all.
+
+The gradient of a matrix is looked at twice. A row of it adds up a few tokens, each rounded up to five times on the way back, and
+where its terms cancel what is left of them is not small: single rows go to 6 u and beyond without a fault. All rows together stay
+within 2.2 u, so the whole is held more tightly than each.
 """
 
 from __future__ import annotations
@@ -60,7 +66,11 @@ TOLERANCES: dict[torch.dtype, Tolerance] = {
 
 CONDITION = 8.0  # times the reference's own move under one rounding of its inputs
 SUMS = 2.0  # floors of gradients: their formulas round more often, and every implementation has its own
+ROW_OF_MATRIX = 2.0  # times that for one row of a matrix's gradient
+WHOLE = 2.0  # times the original's own error: all of a matrix's gradient, over a floor of `row`
+NOISE = 3.0  # times the deviation of rounding noise, in units u: five deviations of two roundings
 LARGE, SOME = 1 << 18, 256  # elements, and rows, above which only outstanding rows are looked at in float64
+SMALL = 1 << 14  # elements that are looked at in any case
 LOUDEST = 0.98  # a reference beyond this share of the dtype's range may round to inf in one and not in the other
 
 
@@ -74,7 +84,7 @@ class Finding:
     kernel: float
 
 
-def compare(
+def compare(  # noqa: PLR0913  # each option says one thing about the tensors, and a caller names those that hold
     kernel: Tensor,
     original: Tensor,
     reference: Tensor,
@@ -82,15 +92,20 @@ def compare(
     moved: Tensor | None = None,
     generic: bool = False,
     gradient: bool = False,
+    matrix: bool = False,
+    sums: bool = False,
     level: float = 0.0,
     slack: float = 1.0,
+    most: int = 0,
 ) -> Finding:
     """Hold `kernel` against `reference` by the yardstick of `original`.
 
     Shapes: all equal, any rank; a row is the last dimension. dtypes: kernel and original equal, reference float64 (or what
-    the machine has). `moved` is the reference for inputs that are off by one rounding. A `gradient` is a sum. Rows
-    smaller than `level` times the usual row (root mean square) are held to that instead of to their own size. `slack` multiplies the floors, for when the original
-    has to be its own reference and shows no error of its own.
+    the machine has). `moved` is the reference for inputs that are off by one rounding. A `gradient` is a sum, of a `matrix` over
+    few tokens. `sums`: so is this output: where it cancels, an original may be accurate in every element by luck alone. Rows
+    smaller than `level` times the usual row (root mean square) are held to that instead of to their own size; of a matrix, 1.
+    `slack` multiplies the floors, for when the original has to be its own reference and shows no error of its own.
+    `most`: rows to look at, those that stand out; else only of large tensors some are left out.
     """
     limits = TOLERANCES.get(original.dtype)
     if limits is None:
@@ -98,7 +113,7 @@ def compare(
     shape = _shape(original)
     if original.numel() == 0:
         return Finding(None, 0.0, 0.0)
-    rows = _outstanding(kernel.reshape(-1, shape[-1]), original.reshape(-1, shape[-1]))
+    rows = _outstanding(kernel.reshape(-1, shape[-1]), original.reshape(-1, shape[-1]), most)
     k, o, r = (_rows(t, shape, rows) for t in (kernel, original, reference))
     wrong = _nonfinite(k, o, r, torch.finfo(original.dtype).max, shape, rows)
     if wrong is not None:
@@ -108,15 +123,17 @@ def compare(
     dk = _difference(k, r, fine, limits.flush)
     do = _difference(o, r, fine & o.isfinite(), limits.flush)
     s = torch.zeros_like(r) if moved is None else _difference(_rows(moved, shape, rows).nan_to_num(), r, fine, 0.0)
-    ek, eo, es = _errors((dk, do, s), r, limits.share, level)
+    ek, eo, es = _errors((dk, do, s), r, limits.share, 1.0 if matrix else level)
     largest = r.abs().amax(-1)  # beside a reference that is as good as zero any error is huge: judged, not told
     told = (largest > limits.unit * largest.amax()) & (largest > do.amax(-1))
     worst_original, worst_kernel = (float(e[0][told].amax()) if bool(told.any()) else 0.0 for e in (eo, ek))
     if gradient:
-        slack *= SUMS
+        if matrix and rows is None and (wrong := _whole(dk, do, s, r, limits, slack)) is not None:
+            return Finding(wrong, worst_original, worst_kernel)
+        slack *= SUMS * (ROW_OF_MATRIX if matrix else 1.0)
     floors = limits.row, limits.element, limits.relative
     for name, i in (("element", 1), ("row", 0), ("relative", 2)):
-        if name == "relative" and (gradient or float(eo[i].max()) > limits.relative * limits.unit):
+        if name == "relative" and (gradient or sums or float(eo[i].max()) > limits.relative * limits.unit):
             continue  # sums cancel: the original promises nothing about single small elements either
         usual = eo[i].median()
         limit = limits.factor * torch.maximum(eo[i], usual) + slack * floors[i] * limits.unit + CONDITION * es[i]
@@ -142,14 +159,14 @@ def _rows(tensor: Tensor, shape: tuple[int, ...], rows: Tensor | None) -> Tensor
     return (held if rows is None else held[rows]).to(torch.float64 if tensor.device.type != "mps" else torch.float32)
 
 
-def _outstanding(kernel: Tensor, original: Tensor) -> Tensor | None:
+def _outstanding(kernel: Tensor, original: Tensor, most: int = 0) -> Tensor | None:
     """Of a large tensor (a weight's gradient) the rows in which the two differ most, and some more; None for all.
 
     Wherever the kernel is wrong and the original is not, the two differ: nothing is missed.
     """
-    if len(kernel) <= 2 * SOME or kernel.numel() <= LARGE:
+    if len(kernel) <= (most or 2 * SOME) or kernel.numel() <= (SMALL if most else LARGE):
         return None
-    few = SOME // 4
+    few = (most or SOME) // 4
     found = [torch.linspace(0, len(kernel) - 1, few, device=kernel.device).long()]
     if not torch.equal(kernel, original):
         difference, size = torch.sub(kernel.float(), original.float()).abs_(), original.float().abs()
@@ -182,6 +199,15 @@ def _errors(differences: Sequence[Tensor], reference: Tensor, share: float, leve
     return [(d.norm(dim=-1) / norm, d.amax(dim=-1) / top, (d / own).amax(dim=-1)) for d in differences]
 
 
+def _whole(dk: Tensor, do: Tensor, s: Tensor, r: Tensor, limits: Tolerance, slack: float) -> str | None:
+    size = float(r.norm())
+    if not size:
+        return None
+    found, own, moved = (float(t.norm()) / size for t in (dk, do, s))
+    limit = WHOLE * own + slack * limits.row * limits.unit + CONDITION * moved
+    return None if found <= limit else f"all of it: error {found:.1e} (original {own:.1e}, limit {limit:.1e})"
+
+
 def _coherent(k: Tensor, o: Tensor, r: Tensor, limits: Tolerance) -> str | None:
     rows, n = r.shape
     if n < 32 or rows < 8:
@@ -202,7 +228,8 @@ def _coherent(k: Tensor, o: Tensor, r: Tensor, limits: Tolerance) -> str | None:
         )
     share = power / power.sum()
     whole_k, whole_o = abs(float((along_k * share).sum())), abs(float((along_o * share).sum()))
-    limit = 3.0 * whole_o + 3.0 * noise / math.sqrt(rows) + limits.coherent
+    noise = limits.unit * float((r * r).norm() / power.sum())
+    limit = 3.0 * whole_o + NOISE * noise + limits.coherent
     if whole_k > limit:
         return f"all is off by a common factor: {whole_k:.1e} along the reference (original {whole_o:.1e}, limit {limit:.1e})"
     return None

@@ -6,6 +6,7 @@ memory that it must write, memory that it must give back, and the caller's rando
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
@@ -43,7 +44,8 @@ class Errors:
 class Pair:
     """An original and a kernel, called alike, on one copy of the module (`None` for functions).
 
-    `original` and `candidate` are unbound: with a module they are called as `f(module, *args)`.
+    `original` and `candidate` are unbound: with a module they are called as `f(module, *args)`. `watched`: whether the
+    module's own tensors may change is looked at, which costs a copy of them.
     """
 
     def __init__(
@@ -53,9 +55,11 @@ class Pair:
         module: nn.Module | None,
         reference: Reference,
         device: torch.device,
+        *,
+        watched: bool = True,
     ) -> None:
         self.original, self.candidate, self.module, self.reference, self.device = original, candidate, module, reference, device
-        held = {} if module is None else tensors(module)
+        held = {} if module is None or not watched else tensors(module)
         self.state = memory.Untouched(held)
         self.seen = False
         """Whether the original was watched on its own state once."""
@@ -235,13 +239,13 @@ class _One:
         outputs = [t.double() if t.is_floating_point() and t.device.type != "mps" else t for t in original.outputs]
         return Answer(outputs, dict(original.gradients), None, {}), 4.0
 
-    def compare(self, kernel: Result, original: Result, answer: Answer, slack: float) -> None:
-        """Structure, then numbers, then gradients."""
+    def compare(self, kernel: Result, original: Result, answer: Answer, slack: float, most: int = 0) -> None:
+        """Structure, then numbers, then gradients. `most`: only so many rows of each, those that differ most."""
         structure(kernel, original, self.owned)
         generic = self.case.generic and slack == 1.0
         for i, (k, o) in enumerate(zip(kernel.outputs, original.outputs, strict=True)):
             moved = None if answer.moved is None else answer.moved[i]
-            finding = compare(k, o, answer.outputs[i], moved=moved, generic=generic, slack=slack)
+            finding = compare(k, o, answer.outputs[i], moved=moved, generic=generic, sums=self.case.sums, slack=slack, most=most)
             self.judge(finding, name(original, i))
         for source, theirs in original.gradients.items():
             mine = kernel.gradients.get(source)
@@ -258,18 +262,21 @@ class _One:
                 )
             reference = answer.gradients.get(source)
             moved = answer.moved_gradients.get(source)
-            reference = o.double() if reference is None else reference
+            reference = o if reference is None else reference  # its rows are made wide where they are compared
             # A row of a matrix's gradient is one number (an output's cotangent) times the input: where that one cancels, all do.
-            level = 1.0 if o.ndim > 1 and source not in self.labels else 0.25 if self.case.vanishing else 0.0
+            matrix = o.ndim > 1 and source not in self.labels
+            level = 0.25 if self.case.vanishing and not matrix else 0.0
             finding = compare(
                 k,
                 o,
                 reference,
                 moved=moved,
-                generic=generic and not level and not self.case.vanishing,
+                generic=generic and not matrix and not self.case.vanishing,
                 gradient=True,
+                matrix=matrix,
                 level=level,
                 slack=slack,
+                most=most,
             )
             self.judge(finding, f"the gradient of {source}")
 
@@ -293,16 +300,52 @@ class _One:
         self.errors.compiled = f"{len(graphs)} graph{'s' if len(graphs) != 1 else ''} by {backend}"
 
 
-def rejudge(pair: Pair, case: Case, outputs: Sequence[Tensor]) -> None:
+def rejudge(pair: Pair, case: Case, outputs: Sequence[Tensor], errors: Errors) -> list[Tensor]:
     """Hold `outputs`, which a kernel gave for these inputs as part of a larger call, against the reference for them alone.
+
+    Returns:
+        What the reference says.
 
     Raises:
         Differs, Skip: as `examine`.
     """
-    one = _One(pair, case, None, Errors())
+    one = _One(pair, case, None, errors)
     original = one.original()
     answer, slack = one.reference(original)
     one.compare(Result(list(outputs), original.structure, drew=False), original, answer, slack)
+    errors.cases += 1
+    return answer.outputs
+
+
+def glance(pair: Pair, case: Case, *, want: Want | None = None, errors: Errors | None = None) -> list[Tensor]:
+    """The kernel's outputs for a case, after which nothing may have changed that is not its own; with `errors`, held against the
+    reference as `want` says.
+
+    Raises:
+        Differs, Skip: as `examine`.
+    """
+    one = _One(pair, case, want, errors or Errors())
+    if errors is None:
+        return one.kernel(Result([], None, drew=False)).outputs
+    original = one.original()
+    answer, slack = one.reference(original)
+    kernel = one.kernel(original)
+    one.compare(kernel, original, answer, slack)
+    errors.cases += 1
+    return kernel.outputs
+
+
+def against_original(pair: Pair, case: Case, want: Want | None, *, slack: float, most: int) -> None:
+    """Outputs and gradients of both, one against the other, in `most` rows each that differ most. For calls too large for float64.
+
+    Raises:
+        Differs, Skip: as `examine`.
+    """
+    one = _One(pair, case, want and dataclasses.replace(want, kind="periodic"), Errors())
+    original = one.original()
+    kernel = one.kernel(original)
+    structure(kernel, original, one.owned)
+    one.compare(kernel, original, Answer(original.outputs, {}, None, {}), slack, most=most)
 
 
 def memory_kept(pair: Pair, case: Case) -> None:

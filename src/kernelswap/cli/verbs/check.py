@@ -57,6 +57,7 @@ def command(
     from ...api import Swapper
     from ...bench import given, subject
     from ...bench.checking import check
+    from ...proof import Check
     from ...proof.ledger import Ledger
 
     table = session.table(use)
@@ -70,7 +71,10 @@ def command(
         loaded = given.with_file(loaded, inputs) if inputs is not None else loaded
         report("loading the model", 1, 1)
         base = session.swapper(cache=cache, offline=offline)
-        ledger = Ledger(base.prover, anew=anew)
+        prover = base.prover
+        if isinstance(prover, Check):
+            prover.thorough = True  # nobody waits for this call
+        ledger = Ledger(prover, anew=anew)
         swapper = Swapper(
             sources=base.sources, verifiers=base.verifiers, machine=base.machine, store=base.store, prover=ledger, cache=cache
         )
