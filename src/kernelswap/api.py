@@ -20,7 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from . import locking, render, sites, spec
+from . import locking, render, sites, spec, whole
 from . import mode as modes
 from . import plan as planning
 from . import table as tables
@@ -30,7 +30,9 @@ from .mapping import Table
 from .mapping import rows as rows_of
 from .plan import NotAsked, Wish
 from .provider import Build, Provider, Terms
+from .replay import replays
 from .required import require as require_all
+from .slots import attention as attention_slot
 from .slots import module as module_slot
 from .sources.configured import bundle_of
 from .store import Store
@@ -55,6 +57,7 @@ from .types import (
 
 if TYPE_CHECKING:
     import torch.nn as nn
+    from torch import Tensor
 
     from .proof.contest import Contest
     from .proof.speed import Speeds
@@ -120,6 +123,8 @@ class Swapper(Provider):
         prefer: Mapping[str, str | Sequence[str | Use]] | None = None,
         mode: Mode | None = None,
         loss: bool = False,
+        attention: bool | None = None,
+        graphs: bool = False,
         hub: bool = False,
         build: Build = "background",
         trust: bool | Sequence[str] = False,
@@ -163,7 +168,9 @@ class Swapper(Provider):
                 return self.provide(text, device, kind, terms=terms)
 
             verdicts = self._verdicts.setdefault(model, {})
-            return planning.plan(model, found, provide, self.prover, machine=self.machine, wish=wish, verdicts=verdicts)
+            planned = planning.plan(model, found, provide, self.prover, machine=self.machine, wish=wish, verdicts=verdicts)
+            wanted = whole.Wanted(attention=attention, graphs=graphs, replacing=former is not None, off=self.environment.disabled)
+            return (*whole.outcomes(model, planned, wanted, lambda text, on: provide(text, on, "function"), _differs), *planned)
 
     def swap(
         self,
@@ -186,6 +193,9 @@ class Swapper(Provider):
             wanted: see `plan`. `table`: rows, or `{layer: spec}`, laid over this Swapper's table (`inherit=False`: alone).
                 `only`, `skip`: globs over module paths, their ends, or layers. `prefer`: `{glob: spec or specs}` tried first.
                 `mode`: `None` serves training and inference, live; `TORCH_COMPILE` alone likewise, with kernels that compile.
+                `attention`: a Transformers model computes attention with the kernel that comes with the package, in place of
+                `sdpa`. `graphs`: its decode steps on a static cache are captured once for each batch size in CUDA graphs and
+                replayed inside `generate()`; with it comes `attention`, unless that is False.
                 `loss`: in training, logits are computed when something reads them, which cross entropy does not; read them
                 before `optimizer.step()`, later they raise. `hub`: kernels of the table that are on the hub may be fetched;
                 those that you name yourself always may. `build`: bundled kernels that are not compiled yet are compiled in
@@ -289,13 +299,15 @@ class Swapper(Provider):
                     raise
             for module in list(module_slot.swapped(model)):
                 module_slot.release(module)
+            attention_slot.release(model)
+            replays.detach(model)
             return model
 
     def applied(self, model: nn.Module) -> Applied | None:
         """The handle of the last swap of `model`, if that is still in place."""
         with self._lock:
             applied = self._applied.get(model)
-            if applied is not None and any(isinstance(o, Swap) for o in applied.outcomes) and not any(applied.modules()):
+            if applied is not None and any(isinstance(o, Swap) for o in applied.outcomes) and not applied.in_place:
                 del self._applied[model]  # by its own `undo`
                 return None
             return applied
@@ -314,6 +326,12 @@ class Swapper(Provider):
             return False
         requirement = spec.parse(text)
         return requirement.source == "hub" and requirement.name not in dict(self.environment.local_kernels)
+
+
+def _differs(mine: Tensor, original: Tensor) -> str | None:
+    from .proof.whole import differs
+
+    return differs(mine, original)
 
 
 # -- one Swapper for the process ------------------------------------------------------------------------------------

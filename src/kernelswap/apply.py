@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from . import render
 from .errors import KernelSwapError, PlanConflict, UndoConflict
+from .replay import replays as recordings
+from .replay.replays import Replays
 from .report import text
 from .report.facts import facts
 from .report.observed import Observed
-from .slots import classes
+from .slots import attention, classes
 from .slots import module as module_slot
 from .slots.state import Part, Slot
 from .types import Machine, Outcome, Prover, Site, Swap
@@ -49,7 +51,7 @@ def apply(
 
     Args:
         model: the very model that was planned for.
-        outcomes: of `plan`; every `Swap` of kind module or function is installed.
+        outcomes: of `plan`; every `Swap` is installed.
         prover: compares a kernel with the original, when `check` says.
         check: `first-use`: the first call of each module in each mode. `sample:N`: that, and every N-th call after it.
             `always`: every call. `off`: none.
@@ -65,20 +67,28 @@ def apply(
     """
     every = how_often(check)
     swaps: dict[str, list[tuple[int, Swap]]] = {}
+    settings: list[tuple[int, Swap]] = []
     for i, outcome in enumerate(outcomes):
         if isinstance(outcome, Swap):
-            if outcome.site.kind == "attention":
-                raise KernelSwapError(f"{outcome.site.path}: an attention kernel is bound by its adapter, not by `apply`")
-            swaps.setdefault(outcome.site.path, []).append((i, outcome))
+            (settings if outcome.site.kind == "attention" else swaps.setdefault(outcome.site.path, [])).append((i, outcome))
     modules = {path: _module(model, path) for path in swaps}
     if len({id(m) for m in modules.values()}) < len(modules):
         raise PlanConflict("two paths of the plan lead to one module", todo="Plan with the sites that `sites.find` gives.")
     applied = Applied(tuple(outcomes), model, machine)
     shared: dict[Any, Any] = {}
     try:
+        for i, swap in settings:
+            switched = attention.install(model, swap, prover, every=every, compiled=compile)
+            applied.add(switched)
+            applied.follow({i: switched.part})
         for path, numbered in swaps.items():
             given = [s for _, s in numbered]
-            slot = module_slot.install(modules[path], given, prover, every=every, compiled=compile, shared=shared)
+            found = _recordings(given[0])
+            if found is not None:  # it proves itself, at each recording
+                slot = module_slot.install(modules[path], given, prover, every=None, compiled=compile)
+                applied.add(_Recorded(model, found))
+            else:
+                slot = module_slot.install(modules[path], given, prover, every=every, compiled=compile, shared=shared)
             applied.add(_OnModule(slot))
             applied.follow({i: part for (i, _), part in zip(numbered, slot.parts, strict=True)})
     except BaseException:
@@ -109,6 +119,27 @@ def _module(model: nn.Module, path: str) -> nn.Module:
     if module is None:
         raise KernelSwapError(f"the model has no module {path}", todo="Plan for this model again.")
     return module
+
+
+def _recordings(swap: Swap) -> Replays | None:
+    kernel = swap.inference.implementation
+    return None if kernel is None else getattr(kernel.forward, "replays", None)
+
+
+class _Recorded:
+    """The recordings of a model's steps, and their memory."""
+
+    def __init__(self, model: nn.Module, replays: Replays) -> None:
+        self.model, self.replays = weakref.ref(model), recordings.attach(model, replays)
+
+    def conflict(self) -> str | None:
+        return None
+
+    def restore(self) -> None:
+        self.replays.clear()
+        model = self.model()
+        if model is not None:
+            recordings.detach(model)
 
 
 class _OnModule:
@@ -182,6 +213,7 @@ class Applied:
         """`report`, with a name for the model and with what a run measured."""
         return facts(
             self.outcomes,
+            graphs=self._graphs(),
             model=self._model(),
             name=name,
             machine=self._machine,
@@ -212,7 +244,13 @@ class Applied:
     def explain(self, *, long: bool = False) -> str:
         """What serves each site and why; `long`: module by module, then refusals, the kernels with their evidence, the machine."""
         short = render.outcomes(self.outcomes, long=long, calls=self.calls if self._counted else None)
+        graphs = self._graphs()
+        if graphs is not None and not long:
+            short = "\n".join([short, *text.graphs(graphs)])
         return f"{short}\n\n{text.sections(self.facts())}" if long else short
+
+    def _graphs(self) -> dict[str, Any] | None:
+        return next((one.replays.facts() for one in self._installed if isinstance(one, _Recorded)), None)
 
     # -- what can be done ----------------------------------------------------------------------------------------
 
@@ -242,14 +280,28 @@ class Applied:
             self._count(on=False)
 
     def _count(self, *, on: bool) -> None:
+        for one in self._installed:
+            if isinstance(one, attention.Switched):
+                one.meeting.counting = on
         for slot, module in self._slots():
             slot.counting = on
             classes.place(slot, module)
 
     def refresh(self) -> None:
-        """Look again at what kernels read, after changes that nobody could see, and give every module its right class."""
+        """Look again at what kernels read, after changes that nobody could see, and give every module its right class.
+
+        Recorded steps are let go, too; the next ones are recorded anew.
+        """
+        for one in self._installed:
+            if isinstance(one, _Recorded):
+                one.replays.clear()
         for slot, module in self._slots():
             slot.conduct.reconsider(slot, module)
+
+    @property
+    def in_place(self) -> bool:
+        """Whether `undo` would give something back."""
+        return any(self.modules()) or any(not isinstance(one, _OnModule) for one in self._installed)
 
     def modules(self) -> Iterator[nn.Module]:
         """The modules that `undo` would give back."""

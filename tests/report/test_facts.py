@@ -211,3 +211,12 @@ def test_a_model_of_thousands_of_sites_has_a_page_of_bearable_size(facts):
     assert drawn == set(re.findall(r'data-site="(\d+)"', narrow))
     big = {**facts, "outcomes": many, "kinds": [{**facts["kinds"][0], "count": 5000}]}
     assert "the worst among them" in page(big)
+
+
+def test_what_was_replayed_is_said_in_words():
+    graphs = {"recorded": 2, "held": 1, "replayed": 510, "bytes": 3 << 20, "not_replayed": {"labels is asked for": 7},
+              "refused": {"it cannot be recorded: X": 1}, "renewed": {"weights were moved": 4}}  # fmt: skip
+    found = collect([], graphs=graphs)
+    words = text.sections(found)
+    assert all(str(value) in words for _, value in leaves(found["graphs"]))
+    assert all(why in words for name in ("not_replayed", "refused", "renewed") for why in graphs[name])

@@ -150,3 +150,26 @@ def test_torch_func_transforms_go_through(check):
     assert applied.refusals == ()
     module(X)
     assert type(module).forward is rms_norm_kernel
+
+
+class PassesOn(torch.nn.Module):
+    """As PEFT's models and compiled ones do: what it does not have, the module inside may."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("inner"), name)
+
+
+def test_a_copy_of_a_wrapper_that_passes_attributes_on_is_a_wrapper():
+    module, applied = swapped()
+    twin = copy.deepcopy(PassesOn(module))
+    assert type(twin) is PassesOn
+    assert type(twin.inner).forward is off_by_one_kernel
+    assert twin.inner is not module
+    applied.undo()

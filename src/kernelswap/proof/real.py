@@ -231,7 +231,7 @@ class Real:
             if k.shape != o.shape or k.dtype != o.dtype:
                 return f"gives {tuple(k.shape)} {k.dtype}, the original {tuple(o.shape)} {o.dtype} (in the whole call)"
             start = 0
-            for some_k, some_o in zip(_blocks(k), _blocks(o), strict=True):
+            for some_k, some_o in zip(blocks(k), blocks(o), strict=True):
                 wide = some_o if o.device.type == "mps" else some_o.double()
                 found = compare(some_k, some_o, wide, sums=self.site.row.probe in SUMMED, slack=BOTH)
                 if found.wrong is not None:
@@ -308,7 +308,7 @@ def _simple(value: Any) -> bool:
     return not type(value).__name__.endswith("Cache") and not any(isinstance(v, Tensor) for v in held)
 
 
-def _blocks(t: Tensor) -> Iterator[Tensor]:
+def blocks(t: Tensor) -> Iterator[Tensor]:
     """Some rows at a time: float64 copies of them stay within `PART` elements."""
     rows = t.reshape(-1, t.shape[-1]) if t.ndim else t.reshape(1, 1)
     step = max(1, PART // max(1, rows.shape[-1]))

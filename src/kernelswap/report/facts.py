@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch.nn as nn
 
 
-def facts(
+def facts(  # noqa: PLR0913  # what a report is made of
     outcomes: Sequence[Outcome],
     *,
     model: nn.Module | None = None,
@@ -25,6 +25,7 @@ def facts(
     calls: Mapping[str, int] | None = None,
     calls_of_original: Mapping[str, int] | None = None,
     observed: Observed | None = None,
+    graphs: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What `Applied.report` holds and every form of the report shows.
 
@@ -37,6 +38,7 @@ def facts(
         calls: that a kernel served, by path; None where they were not counted.
         calls_of_original: of swapped sites that the original served all the same.
         observed: times and shares, where they were measured.
+        graphs: what was recorded and replayed; None where nothing is to be.
 
     `swapped` sites have a kernel in some mode, `serving` ones in the mode that they are in. `outcomes` has one object a site, `kinds` one for each group of sites of which the same was found, `kernels` one for
     each build in use, `modules` one for each module in the order of `named_modules`. What was not measured is null.
@@ -56,6 +58,7 @@ def facts(
         "calls": dict(calls) if calls is not None else None,
         "calls_of_original": dict(calls_of_original) if calls_of_original is not None else None,
         "observed": _observed(observed),
+        "graphs": dict(graphs) if graphs is not None else None,
         "machine": render.machine_json(machine) if machine is not None else None,
     }
 

@@ -72,6 +72,7 @@ def sections(facts: Facts) -> str:
     ]
     parts.append([_kind(k) for k in facts["kinds"]])
     parts.append([f"refused: {r['path']} ({r['layer']}): {r['reason']}" for r in facts["refusals"]])
+    parts.append(graphs(facts["graphs"]) if facts["graphs"] is not None else [])
     parts.append(_measured(facts, observed))
     parts += [_kernel(k) for k in facts["kernels"]]
     if facts["machine"] is not None:
@@ -106,6 +107,18 @@ def _measured(facts: Facts, observed: Facts) -> list[str]:
         f"  {s['path']}{' ' + s['name'] if s['name'] else ''}: {share(s['share'])} of {s['phase']}, {_calls(s['calls'])}"
         for s in observed["shares"]
     ]
+    return lines
+
+
+def graphs(found: Facts) -> list[str]:
+    """What became of decode steps, and why some ran as ever."""
+    size = f"{found['bytes'] / 2**20:.1f} MiB" if found["bytes"] else "no memory"
+    lines = [
+        f"decode steps: {found['replayed']} replayed, of {found['recorded']} recorded; {found['held']} held, with {size} ({found['bytes']} bytes)"
+    ]
+    lines += [f"  {n} ran as ever: {why}" for why, n in found["not_replayed"].items()]
+    lines += [f"  {n} {'kind is' if n == 1 else 'kinds are'} not recorded: {why}" for why, n in found["refused"].items()]
+    lines += [f"  let go and begun anew, {n}x: {why}" for why, n in found["renewed"].items()]
     return lines
 
 

@@ -95,12 +95,12 @@ class Conduct:
         settled: Callable[[], Function],
     ) -> Any:
         """`args` include the module where the site is one."""
-        output = _UNANSWERED
+        output = UNANSWERED
         gradients = forwards.wants_gradients((*args, kwargs))
         if part.due(slot.every, training=module.training, gradients=gradients):
             output = self._check(slot, part, module, original, args, kwargs, gradients=gradients)
         part.calls += 1
-        if output is not _UNANSWERED:
+        if output is not UNANSWERED:
             return output
         served = settled()
         if slot.counting and part.site.kind == "function":  # a module's forward counts itself
@@ -118,16 +118,16 @@ class Conduct:
         *,
         gradients: bool,
     ) -> Any:
-        """The output, or `_UNANSWERED`: whatever serves from now on is to answer."""
+        """The output, or `UNANSWERED`: whatever serves from now on is to answer."""
         if getattr(self.inside, "a_check", False):
             return original(*args, **kwargs)  # called by a check of this or another module: the plain model is the measure
         with slot.lock:  # a second thread waits here, and finds the verdict
             service = part.service(training=module.training)
             kernel = part.serving(training=module.training)
             if kernel is None or not part.due(slot.every, training=module.training, gradients=gradients):
-                return _UNANSWERED
+                return UNANSWERED
             if (
-                _nothing_to_compare((args, kwargs))
+                nothing_to_compare((args, kwargs))
                 or (gradients and not kernel.backward)
                 or not getattr(kernel.forward, "serving", _always)(*args, **kwargs)  # a call of a size that the original serves
             ):
@@ -143,7 +143,7 @@ class Conduct:
             for one in (module, source):
                 if one is not None:
                     classes.place(slot, one)
-        if output is not _UNANSWERED and slot.counting:
+        if output is not UNANSWERED and slot.counting:
             part.count(by_kernel=verdict.accepted)
         return output
 
@@ -161,39 +161,39 @@ class Conduct:
     ) -> tuple[Any, Verdict]:
         run = Run(training=gradients, compiled=slot.compiled)  # what can be looked at, whatever the module's mode
         given = args[1:] if part.site.kind == "module" else args
-        in_the_open = gradients or module.training or bool(_modes())
+        in_the_open = gradients or module.training or bool(modes())
         anew = slot.every == 1 or part.service(training=module.training).standing == "accepted"  # as `check=` picked it
         known = getattr(slot.prover, "known", None)
         if in_the_open and not anew and known is not None:  # nothing to run aside: the call itself is the only one
             found = known(part.site, module, original, kernel, run, given, kwargs)
             if found is not None:
-                return _UNANSWERED, found
+                return UNANSWERED, found
         try:
-            with _aside(slot.place[0]):
+            with aside(slot.place[0]):
                 more = {"anew": True} if anew else {}
                 output, verdict = slot.prover.first_call(part.site, module, original, kernel, run, given, kwargs, **more)
         except Exception as e:  # noqa: BLE001  # a kernel, or a check, may raise anything; the reason is kept below
             answer = original(*args, **kwargs)  # raises in turn what the caller did wrong, and then nothing is decided
             return answer, Verdict(accepted=False, reason=f"raised {type(e).__name__} while being checked: {e}")
-        return (_UNANSWERED if in_the_open else output), verdict
+        return (UNANSWERED if in_the_open else output), verdict
 
 
 def _always(*_: Any, **__: Any) -> bool:
     return True
 
 
-_UNANSWERED = object()
+UNANSWERED = object()
 _WITHOUT_NUMBERS = {"FakeTensorMode", "ProxyTorchDispatchMode", "FunctionalTensorMode"}
 
 
-def _modes() -> list[Any]:
+def modes() -> list[Any]:
     """Dispatch modes that look on: selective checkpointing, a FLOP counter, ..."""
     from torch.utils import _python_dispatch
 
     return list(_python_dispatch._get_current_dispatch_mode_stack())  # noqa: SLF001  # there is no public way to ask
 
 
-def _nothing_to_compare(values: Any) -> bool:
+def nothing_to_compare(values: Any) -> bool:
     """Whether the tensors have no numbers, or the check could not read them here."""
     import torch
 
@@ -201,7 +201,7 @@ def _nothing_to_compare(values: Any) -> bool:
         return True
     if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]  # torch's own
         return True
-    if any(type(mode).__name__ in _WITHOUT_NUMBERS for mode in _modes()):
+    if any(type(mode).__name__ in _WITHOUT_NUMBERS for mode in modes()):
         return True
     return any(t.is_meta or type(t).__name__ in {"FakeTensor", "FunctionalTensor"} for t in _tensors(values, torch.Tensor))
 
@@ -218,7 +218,7 @@ def _tensors(value: Any, kind: type[Any]) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def _aside(device: str) -> Iterator[None]:
+def aside(device: str) -> Iterator[None]:
     """Out of sight of gradient checkpointing and dispatch modes, and without a trace in the random number generators."""
     import torch
     from torch.utils import _python_dispatch
@@ -229,7 +229,7 @@ def _aside(device: str) -> Iterator[None]:
         stack.enter_context(
             torch.random.fork_rng([int(index or 0)], device_type=kind) if accelerated else torch.random.fork_rng([])
         )
-        if _modes():
+        if modes():
             stack.enter_context(_python_dispatch._disable_current_modes())  # noqa: SLF001  # as torch's own checkers do
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_same, _same))
         yield

@@ -18,6 +18,7 @@ from __future__ import annotations
 import copy
 import copyreg
 import functools
+import sys
 import weakref
 from collections.abc import Callable
 from types import MethodType
@@ -184,6 +185,7 @@ def make(wanted: Form) -> type[Any]:
             "training": _LIVE,
             "_old_forward": _UNDER_HOOK,
             **_methods(base),
+            **(getattr(wanted.kernel.forward, "beside", {}) if wanted.kernel is not None else {}),
             **({"__setattr__": _setattr(base, wanted.watched)} if wanted.watched else {}),
         }
         forward = forwards.make(wanted)
@@ -304,7 +306,22 @@ def _methods(base: Any) -> dict[str, Any]:
             slot.conduct.moved(slot, self, after)
         return result
 
-    return {f.__name__: f for f in (__reduce_ex__, __deepcopy__, __copy__, _replicate_for_data_parallel, _apply)}
+    found = {f.__name__: f for f in (__reduce_ex__, __deepcopy__, __copy__, _replicate_for_data_parallel, _apply)}
+    return found if hasattr(base, "__deepcopy__") else {**found, "__deepcopy__": _ForDeepcopy(__deepcopy__)}
+
+
+class _ForDeepcopy:
+    """`__deepcopy__` for `copy.deepcopy` alone. It asks the object, not the class, and what wraps a module and passes on whatever
+    it does not have itself (PEFT, torch.compile) would otherwise be copied as the module inside.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def __get__(self, module: Any, cls: type[Any]) -> Any:
+        if module is not None and sys._getframe(1).f_code is not copy.deepcopy.__code__:  # noqa: SLF001  # who asks decides
+            raise AttributeError("__deepcopy__")
+        return self.function if module is None else MethodType(self.function, module)
 
 
 def _blank(cls: Any) -> Any:

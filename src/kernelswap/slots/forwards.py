@@ -64,7 +64,7 @@ def make(form: Form) -> Forward | None:
 
 def checking(original: Forward, traced: Forward) -> Forward:
     """Each call is the slot's to decide; under tracing, where nothing can be compared, `traced` serves."""
-    tracing = _tracing()
+    tracing = tracing_now()
 
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -110,7 +110,7 @@ def guarded_function(kernel: Kernel, original: Forward) -> Forward:
 
 
 def _cannot(kernel: Kernel) -> Callable[[tuple[Any, ...]], bool]:
-    tracing = _tracing()
+    tracing = tracing_now()
     if kernel.backward:
         return lambda _: tracing()
     if kernel.compiles:
@@ -141,7 +141,8 @@ def _any_requires_grad(values: Iterable[Any], tensor: type[Any], module: type[An
     return False
 
 
-def _tracing() -> Callable[[], bool]:
+def tracing_now() -> Callable[[], bool]:
+    """What says whether code is being traced, by torch.compile, torch.export or torch.jit.trace."""
     import torch
 
     is_compiling, is_tracing = torch.compiler.is_compiling, torch.jit.is_tracing  # type: ignore[attr-defined]  # public, not in __all__
@@ -150,7 +151,7 @@ def _tracing() -> Callable[[], bool]:
 
 def _counted(function: Forward, named: Forward, *, by_kernel: bool) -> Forward:
     """Counts eager calls; what runs inside compiled code is not seen."""
-    tracing, serving = _tracing(), getattr(function, "serving", None)
+    tracing, serving = tracing_now(), getattr(function, "serving", None)
 
     @functools.wraps(named)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:

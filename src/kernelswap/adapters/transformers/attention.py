@@ -27,8 +27,8 @@ from typing import TYPE_CHECKING, Any
 
 from ... import spec
 from ...errors import KernelSwapError, Refused, SpecError, Tampered, UnknownKernel
+from ...slots import attention_masks as masks
 from ...types import Requirement
-from . import attention_masks as masks
 from . import attention_pages
 from .arrival import Arrivals
 from .attention_flash import Flash, Functions

@@ -1,0 +1,155 @@
+"""Decode on a GPU: `python benchmarks/gpu_decode.py [OUT.json] [0.6b] [8b] [--compile] [--only=static|dynamic]`.
+
+Random weights in bf16, context 1024. Static cache: the original, the swapped model with graphs, and, with `--compile`, the original
+as generate() compiles it by itself (reduce-overhead). A step inside generate() is the difference of two lengths; a bare step is a
+loop of forwards. Dynamic cache: plain generate() at lengths never met, the original against `swap(attention=True)`.
+Greedy tokens are compared; where they first differ, the original's own two best logits there are told.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import time
+from pathlib import Path
+
+import torch
+from gpu_model import model, tokens
+from gpu_timing import write
+from transformers import StaticCache
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
+
+import kernelswap as ks
+
+CONTEXT, SHORT, LONG = 1024, 16, 80
+ROWS: list[dict[str, object]] = []
+
+
+def row(what: str, **found: object) -> None:
+    ROWS.append({"row": what, **found})
+    for path in (a for a in sys.argv[1:] if a.endswith(".json")):
+        write(ROWS, Path(path))
+    print(f"{what:44} " + "  ".join(f"{k} {v}" for k, v in found.items()), flush=True)
+
+
+def timed(run) -> float:
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) * 1e3
+
+
+def generate(m, ids, count: int, **more):
+    more = {"cache_implementation": "static", **more}
+    mask = torch.ones_like(ids)
+    return m.generate(ids, attention_mask=mask, max_new_tokens=count, min_new_tokens=count, do_sample=False, **more)
+
+
+def step_in_generate(m, ids, repeats: int = 3, **more) -> tuple[float, float]:
+    """ms per step, and the spread of what the repeats say."""
+    found = []
+    for _ in range(repeats):
+        short = timed(lambda: generate(m, ids, SHORT, **more))
+        found.append((timed(lambda: generate(m, ids, LONG, **more)) - short) / (LONG - SHORT))
+    return round(sorted(found)[len(found) // 2], 3), round(max(found) - min(found), 3)
+
+
+@torch.no_grad()
+def bare_step(m, ids, count: int = 48) -> float:
+    cache = StaticCache(config=m.config, max_cache_len=CONTEXT + LONG)
+    m(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    one = ids[:, :1].contiguous()
+    for _ in range(4):
+        m(one, past_key_values=cache, use_cache=True)
+    return round(timed(lambda: [m(one, past_key_values=cache, use_cache=True) for _ in range(count)]) / count, 3)
+
+
+@torch.no_grad()
+def agreement(original, found, expected, ids) -> dict[str, object]:
+    """How far greedy tokens agree, and how close the original's two best were where they part."""
+    differ = (found != expected).any(0).nonzero()
+    if not len(differ):
+        return {"tokens": f"{expected.shape[1] - ids.shape[1]} equal"}
+    at = int(differ[0])
+    sequence = int((found[:, at] != expected[:, at]).nonzero()[0])
+    best = original(expected[sequence : sequence + 1, :at], logits_to_keep=1).logits[0, -1].float().topk(2).values
+    unit = float(best[0].abs()) * 2.0**-8
+    return {"tokens": f"equal for {at - ids.shape[1]}, then a gap of {float(best[0] - best[1]):.4f}, bf16 resolves {unit:.4f}"}
+
+
+def static(size: str, original, swapped) -> None:
+    for batch in (1, 32):
+        ids = tokens(batch, CONTEXT)
+        eager = {"disable_compile": True}
+        expected = generate(original, ids, LONG, **eager)
+        original_ms, spread = step_in_generate(original, ids, 2, **eager)
+        began = time.perf_counter()
+        applied = ks.swap(swapped, graphs=True)
+        swapping = time.perf_counter() - began
+        first = timed(lambda s=swapped, i=ids: generate(s, i, 4)) / 1e3
+        found = generate(swapped, ids, LONG)
+        graphs_ms, graphs_spread = step_in_generate(swapped, ids)
+        told = applied.report["graphs"]
+        row(
+            f"{size} static batch {batch} in generate()",
+            ms={"original": original_ms, "graphs": graphs_ms},
+            spread={"original": spread, "graphs": graphs_spread},
+            speedup=round(original_ms / graphs_ms, 2),
+            ready_s={"swap": round(swapping, 2), "first generate of 4": round(first, 2)},
+            graphs={k: v for k, v in told.items() if v},
+            **agreement(original, found, expected, ids),
+        )
+        bare = {"original": bare_step(original, ids), "graphs": bare_step(swapped, ids)}
+        row(f"{size} static batch {batch} bare step", ms=bare, speedup=round(bare["original"] / bare["graphs"], 2))
+        print(applied.explain(), flush=True)
+        applied.undo()
+        if "--compile" in sys.argv and (size, batch) != ("8b", 1):
+            torch._dynamo.reset()
+            first = timed(lambda o=original, i=ids: generate(o, i, 4)) / 1e3
+            compiled_ms, spread = step_in_generate(original, ids)
+            row(
+                f"{size} static batch {batch} compiled by generate()",
+                ms=compiled_ms,
+                spread=spread,
+                graphs_times_faster=round(compiled_ms / graphs_ms, 2),
+                ready_s=round(first, 2),
+            )
+            vars(original).pop("_compiled_call", None)
+            torch._dynamo.reset()
+        torch.cuda.empty_cache()
+
+
+def dynamic(size: str, original, swapped) -> None:
+    with ks.swap(swapped, attention=True) as applied:
+        for batch in (1, 32):
+            both = {"original": original, "attention": swapped}
+            for m in both.values():
+                generate(m, tokens(batch, 64), 4, cache_implementation=None)
+            took: dict[str, list[float]] = {name: [] for name in both}
+            for turn, length in enumerate((301, 517, 733, 949)):
+                ids = tokens(batch, length)
+                for name in sorted(both, reverse=bool(turn % 2)):
+                    took[name].append(timed(lambda m=both[name], i=ids: generate(m, i, 32, cache_implementation=None)))
+            ms = {name: round(sum(times) / len(times) / 32, 3) for name, times in took.items()}
+            row(
+                f"{size} dynamic batch {batch}, new lengths, per token",
+                ms=ms,
+                speedup=round(ms["original"] / ms["attention"], 2),
+                each={name: [round(t) for t in times] for name, times in took.items()},
+            )
+        print(applied.explain(), flush=True)
+
+
+if __name__ == "__main__":
+    only = next((a.partition("=")[2] for a in sys.argv if a.startswith("--only=")), "")
+    for name in [a for a in sys.argv[1:] if a in {"0.6b", "8b"}] or ["0.6b"]:
+        plain = model(name)
+        twin = copy.deepcopy(plain)
+        if only != "dynamic":
+            static(name, plain, twin)
+        if only != "static":
+            dynamic(name, plain, twin)
+        del plain, twin
+        torch.cuda.empty_cache()
