@@ -1,270 +1,302 @@
-"""Every bundled GPU kernel against eager, torch's own, Liger where installed, and the floor: `python benchmarks/gpu_kernels.py [OUT.json]`.
+"""Every bundled GPU kernel against eager, torch's own, Liger, QuACK and FA4 where installed, and the floor.
 
-Correctness against float64 is checked before any timing. Floors: bytes that must move over the element-wise bandwidth that
-this run measured; LM head + loss: operations over the matrix rate that this run measured.
+    python benchmarks/gpu_kernels.py [OUT.json] [--quick] [--only K1,K7] [--add] [--seconds 150]
+
+Correctness against float64 is checked before any timing, of every candidate. Floors: bytes that must move over the element-wise
+bandwidth that this run measured (decode attention: the read bandwidth); LM head + loss and attention: operations over the matrix
+rate. Rows are written as they come; `--add` keeps what OUT.json has of other kernels. `--quick`: the shapes that have a target.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib
+import os
 import sys
+import time
 import types
+from collections.abc import Callable
 from pathlib import Path
 
+import gpu_attention
+import gpu_losses
+import gpu_peers
+import targets
 import torch
 import torch.nn.functional as F
-from gpu_timing import device_us, element_wise_bandwidth, host_us, relative, wall_ms, write
+from gpu_rows import BF, Board, copies, fit, randn, rows_of
+from gpu_timing import CUDA, DEVICE, element_wise_bandwidth, empty_cache, host_us, matrix_rate, read_bandwidth
 
-import kernelswap
+sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 
-for name, build in (("layers_cuda", "layers/build/torch-cuda"), ("loss_cuda", "loss/build/torch-universal")):
-    package = types.ModuleType(name)
-    package.__path__ = [str(Path(kernelswap.__file__).parent / "bundled" / build)]
-    sys.modules[name] = package
-rms = importlib.import_module("layers_cuda.rms_norm")
-glu = importlib.import_module("layers_cuda.glu")
-rope = importlib.import_module("layers_cuda.rope")
-ce = importlib.import_module("loss_cuda.cross_entropy")
-head = importlib.import_module("loss_cuda.loss")
-try:
-    import liger_kernel.ops as liger
-except ImportError:
-    liger = None
-try:
-    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
-    from liger_kernel.ops.rms_norm import LigerRMSNormFunction
-    from liger_kernel.ops.swiglu import LigerSiLUMulFunction
-except ImportError:
-    liger = None
-
-BF = torch.bfloat16
-ROWS: list[dict[str, object]] = []
-BANDWIDTH = 0.0
+EPS = 1e-6
+KERNELS = ("H1", "K1", "K2", "K3", "K4", "K5", "K6", "K7", "K8", "K9")
 
 
-def randn(*shape: int, grad: bool = False) -> torch.Tensor:
-    return torch.randn(*shape, device="cuda", dtype=BF, requires_grad=grad)
-
-
-def copies(bytes_each: int) -> int:
-    """Enough buffers that the L2 holds none of them for the next call."""
-    return max(2, min(64, int(4e8 // bytes_each) + 1))
-
-
-def row(name: str, shape: str, floor_us: float, took: dict[str, tuple[float, float]], error: float) -> None:
-    entry = {"kernel": name, "shape": shape, "floor_us": floor_us, "error": error}
-    entry["us"] = {k: round(v[0], 3) for k, v in took.items()}
-    entry["spread"] = {k: round(v[1], 3) for k, v in took.items()}
-    entry["share_of_floor"] = {k: round(floor_us / v[0], 3) for k, v in took.items()}
-    ROWS.append(entry)
-    if len(sys.argv) > 1:
-        write(ROWS, Path(sys.argv[1]))
-    best = min((v[0], k) for k, v in took.items() if k != "kernelswap") if len(took) > 1 else (0.0, "-")
-    ours = took["kernelswap"][0]
-    print(
-        f"{name:22} {shape:18} {ours:9.2f} us  {floor_us / ours:5.2f} of floor  {best[0] / ours:5.2f}x {best[1]:12} error {error:.1e}",
-        flush=True,
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", nargs="?", type=Path, help="where the rows go")
+    parser.add_argument(
+        "--quick", action="store_true", help="the shapes that have a target; nothing compiled but attention at 2k"
     )
+    parser.add_argument("--only", default=",".join(KERNELS), help=f"of {','.join(KERNELS)}")
+    parser.add_argument("--add", action="store_true", help="keep the rows of other kernels in OUT.json")
+    parser.add_argument("--seconds", type=float, default=150.0, help="from three quarters of it on nothing more is compiled")
+    given = parser.parse_args()
+    given.only = set(given.only.upper().split(","))
+    if unknown := given.only - set(KERNELS):
+        parser.error(f"--only {','.join(sorted(unknown))}: the kernels are {', '.join(KERNELS)}")
+    if not CUDA and os.environ.get("TRITON_INTERPRET") != "1":
+        raise SystemExit("this benchmark needs an NVIDIA GPU; PyTorch sees none here")
+    return given
 
 
-def eager_rms(x: torch.Tensor, w: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
-    f = x.float()
+def kernels(folder: str, *names: str) -> types.SimpleNamespace:
+    """The files of a bundled build as modules: functions below the layers, as the layers call them."""
+    import kernelswap
+
+    package = types.ModuleType("benchmarked_" + folder.partition("/")[0])
+    package.__path__ = [str(Path(kernelswap.__file__).parent / "bundled" / folder)]
+    sys.modules[package.__name__] = package
+    return types.SimpleNamespace(**{n: importlib.import_module(f"{package.__name__}.{n}") for n in names})
+
+
+def eager_rms(x: torch.Tensor, w: torch.Tensor, eps: float = EPS) -> torch.Tensor:
+    """Transformers' own; in float64 the reference."""
+    f = x if x.dtype is torch.float64 else x.float()
     f = f * torch.rsqrt(f.pow(2).mean(-1, keepdim=True) + eps)
     return w * f.to(x.dtype)
 
 
-def rms_norm() -> None:
-    for m, n in [(1, 1024), (1, 4096), (16, 1024), (16, 4096), (4096, 4096), (16384, 1024), (16384, 4096)]:
-        xs = [randn(m, n) for _ in range(copies(m * n * 4))] * (8 if m <= 16 else 1)
+def rms_norm(board: Board, ours: types.SimpleNamespace) -> None:
+    rms = ours.rms_norm
+    full = [(m, n) for m in (1, 16, 4096, 16384) for n in (1024, 4096)]
+    for m, n in (fit(*s) for s in board.sizes(full, [s for s in full if s[1] == 4096])):
+        if not board.wants("K1") or not board.room("K1 RMSNorm fwd", f"{m}x{n}", m * n * 60):
+            continue
         w = randn(n)
-        ref = eager_rms(xs[0].double(), w.double())
-        error = relative(rms.rms_norm(xs[0], w, 1e-6), ref)
-        assert error < 4e-3, error
-        with torch.no_grad():
-            took = device_us(
-                {
-                    "kernelswap": [lambda x=x: rms.rms_norm(x, w, 1e-6) for x in xs],
-                    "eager": [lambda x=x: eager_rms(x, w) for x in xs],
-                    "F.rms_norm": [lambda x=x: F.rms_norm(x, (n,), w, 1e-6) for x in xs],
-                }
-                | ({"Liger": [lambda x=x: LigerRMSNormFunction.apply(x, w, 1e-6) for x in xs]} if liger else {})
-            )
-        row("K1 RMSNorm fwd", f"{m}x{n}", m * n * 4 / BANDWIDTH * 1e6, took, error)
-
-
-def with_backward(name: str, shape: str, floor_bytes: int, makers: dict[str, tuple], error: float) -> None:
-    """Forward and backward, gradients dropped between calls so that nothing accumulates."""
-
-    def step(f, xs, dys):
-        def call() -> None:
-            for x, dy in zip(xs, dys, strict=True):
-                leaves = [t.detach().requires_grad_() for t in x]
-                out = f(*leaves)
-                torch.autograd.grad(out, leaves, dy)
-
-        return call
-
-    took = {k: (v[0] * 1.0, v[1]) for k, v in device_us({k: [step(*m)] for k, m in makers.items()}).items()}
-    count = len(next(iter(makers.values()))[1])
-    row(name, shape, floor_bytes / BANDWIDTH * 1e6, {k: (v[0] / count, v[1]) for k, v in took.items()}, error)
-
-
-def rms_norm_backward() -> None:
-    for m, n in [(16384, 1024), (16384, 4096)]:
-        k = copies(m * n * 6)
-        inputs, dys = [(randn(m, n), randn(n)) for _ in range(k)], [randn(m, n) for _ in range(k)]
-        x, w = (t.double().requires_grad_() for t in inputs[0])
-        want = torch.autograd.grad(eager_rms(x, w), (x, w), dys[0].double())
-        leaves = [t.detach().requires_grad_() for t in inputs[0]]
-        got = torch.autograd.grad(rms.rms_norm(*leaves, 1e-6), leaves, dys[0])
-        error = max(relative(g, r) for g, r in zip(got, want, strict=True))
-        assert error < 6e-3, error
-        makers = {
-            "kernelswap": (lambda x, w: rms.rms_norm(x, w, 1e-6), inputs, dys),
-            "eager": (eager_rms, inputs, dys),
-            "F.rms_norm": (lambda x, w, n=n: F.rms_norm(x, (n,), w, 1e-6), inputs, dys),
+        xs = [(randn(m, n), w) for _ in range(copies(m * n * 4))]
+        candidates = {
+            "kernelswap": lambda x, w: rms.rms_norm(x, w, EPS),
+            "eager": eager_rms,
+            "F.rms_norm": lambda x, w, n=n: F.rms_norm(x, (n,), w, EPS),
+            **gpu_peers.rms_norm(),
+            **(board.compiled(eager_rms) if n == 4096 else {}),
         }
-        if liger:
-            makers["Liger"] = (lambda x, w: LigerRMSNormFunction.apply(x, w, 1e-6, 0.0, "llama", False), inputs, dys)
-        with_backward("K2 RMSNorm fwd+bwd", f"{m}x{n}", 5 * m * n * 2, makers, error)
+        floor = m * n * 4 / board.bandwidth * 1e6
+        board.compare("K1 RMSNorm fwd", f"{m}x{n}", floor, xs, candidates, eager_rms, 4e-3, repeat=8 if m <= 16 else 1)
+    for m, n in (fit(*s) for s in [(16384, 4096), (16384, 1024)]):
+        if not board.wants("K2") or not board.room("K2 RMSNorm fwd+bwd", f"{m}x{n}", m * n * 120):
+            continue
+        k = copies(m * n * 6)
+        xs, dys = [(randn(m, n), randn(n)) for _ in range(k)], [(randn(m, n),) for _ in range(k)]
+        candidates = {
+            "kernelswap": lambda x, w: rms.rms_norm(x, w, EPS),
+            "eager": eager_rms,
+            "F.rms_norm": lambda x, w, n=n: F.rms_norm(x, (n,), w, EPS),
+            **gpu_peers.rms_norm(),
+            **board.compiled(eager_rms),
+        }
+        floor = 5 * m * n * 2 / board.bandwidth * 1e6
+        board.compare("K2 RMSNorm fwd+bwd", f"{m}x{n}", floor, xs, candidates, eager_rms, 6e-3, grads=dys, wanted=(0, 1))
 
 
-def gated() -> None:
-    for m, n in [(1, 3072), (1, 14336), (16, 14336), (4096, 3072), (4096, 14336), (16384, 3072), (16384, 14336)]:
-        pairs = [(randn(m, n), randn(m, n)) for _ in range(copies(m * n * 6))] * (8 if m <= 16 else 1)
-        g, u = pairs[0]
-        error = relative(glu.act_mul(g, u), F.silu(g.double()) * u.double())
-        assert error < 5e-3, error
-        with torch.no_grad():
-            took = device_us(
-                {
-                    "kernelswap": [lambda g=g, u=u: glu.act_mul(g, u) for g, u in pairs],
-                    "eager": [lambda g=g, u=u: F.silu(g) * u for g, u in pairs],
-                }
-                | ({"Liger": [lambda g=g, u=u: LigerSiLUMulFunction.apply(g, u) for g, u in pairs]} if liger else {})
-            )
-        row("K5 SiLU*mul fwd", f"{m}x{n}", m * n * 6 / BANDWIDTH * 1e6, took, error)
-        del pairs
+def add_rms_norm(board: Board, ours: types.SimpleNamespace) -> None:
+    def eager(x: torch.Tensor, d: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        s = x + d
+        return s, eager_rms(s, w)
+
+    for m, n in (fit(*s) for s in board.sizes([(1, 4096), (4096, 4096), (16384, 4096)], [(16384, 4096)])):
+        for what, moved in (("fwd", 4), ("fwd+bwd", 8)):
+            kernel, shape = f"K3 add+RMSNorm {what}", f"{m}x{n}"
+            if not board.room(kernel, shape, m * n * 160):
+                continue
+            k, backward = copies(m * n * 8), what != "fwd"
+            w = randn(n)
+            xs = [(randn(m, n), randn(m, n), w) for _ in range(k)]
+            dys = [(randn(m, n), randn(m, n)) for _ in range(k)] if backward else None
+            candidates = {
+                "kernelswap": lambda x, d, w: ours.rms_norm.add_rms_norm(x, d, w, EPS),
+                "eager": eager,
+                **gpu_peers.add_rms_norm(),
+                **(board.compiled(eager) if m > 4096 else {}),
+            }
+            floor = moved * m * n * 2 / board.bandwidth * 1e6
+            more = {"grads": dys, "wanted": (0, 1, 2)} if backward else {"repeat": 8 if m <= 16 else 1}
+            board.compare(kernel, shape, floor, xs, candidates, eager, 6e-3, **more)
 
 
-def rotary() -> None:
-    hq, hk, d = 32, 8, 128
-    for t in (1, 16, 4096, 16384):
+def gated(board: Board, ours: types.SimpleNamespace) -> None:
+    def eager(g: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        return F.silu(g) * u
+
+    full = [(1, 14336), (1, 3072), (16, 14336), (4096, 3072), (4096, 14336), (16384, 3072), (16384, 14336)]
+    for m, n in (fit(*s) for s in board.sizes(full, [full[0], full[2], full[4], full[5], full[6]])):
+        for what, moved in (("fwd", 6), ("fwd+bwd", 16)):
+            kernel, shape = f"K5 SiLU*mul {what}", f"{m}x{n}"
+            if (what == "fwd+bwd" and (board.quick or m <= 4096)) or not board.room(kernel, shape, m * n * 120):
+                continue
+            pairs = [(randn(m, n), randn(m, n)) for _ in range(copies(m * n * 6))]
+            candidates = {
+                "kernelswap": ours.glu.act_mul,
+                "eager": eager,
+                **gpu_peers.gated(),
+                **(board.compiled(eager) if what == "fwd" and m in (1, 16384) else {}),
+            }
+            more = {"repeat": 8 if m <= 16 else 1}
+            if what == "fwd+bwd":
+                more = {"grads": [(randn(m, n),) for _ in pairs], "wanted": (0, 1)}
+            board.compare(kernel, shape, moved * m * n / board.bandwidth * 1e6, pairs, candidates, eager, 6e-3, **more)
+            del pairs
+
+
+def rotary(board: Board, ours: types.SimpleNamespace) -> None:
+    rope, (hq, hk, d) = ours.rope, (32, 8, 128) if CUDA else (2, 1, 16)
+
+    def plain(q, k, cos, sin):
+        return rope.formula(q, k, cos, sin)
+
+    def normed(q, k, w, v, cos, sin):
+        return rope.formula(eager_rms(q, w), eager_rms(k, v), cos, sin)
+
+    ligers = gpu_peers.rope()
+    liger_norms = gpu_peers.rms_norm()
+    together = (
+        {"Liger": lambda q, k, w, v, c, s: ligers["Liger"](liger_norms["Liger"](q, w), liger_norms["Liger"](k, v), c, s)}
+        if ligers and "Liger" in liger_norms
+        else {}
+    )
+    for (t,) in map(fit, board.sizes((1, 16, 4096, 16384), (16384,))):
+        if not board.room("K4 q/k-norm+RoPE fwd", f"{t} tokens", t * (hq + hk) * d * 100):
+            continue
         k = copies(t * (hq + hk) * d * 4)
+        angle = torch.arange(t, device=DEVICE)[:, None] * (10000.0 ** (-torch.arange(0, d, 2, device=DEVICE) / d))[None, :]
+        cos, sin = (f(torch.cat([angle, angle], -1))[None].to(BF) for f in (torch.cos, torch.sin))
+        w, v = randn(d), randn(d)
         qk = [(randn(1, t, hq, d).transpose(1, 2), randn(1, t, hk, d).transpose(1, 2)) for _ in range(k)]
-        cos, sin, w, v = randn(1, t, d), randn(1, t, d), randn(d), randn(d)
-        q, kk = qk[0]
-        want = rope.formula(eager_rms(q.double(), w.double()), eager_rms(kk.double(), v.double()), cos.double(), sin.double())
-        got = rope.norm_rope(q, kk, w, v, cos, sin, 1e-6)
-        error = max(relative(a, b) for a, b in zip(got, want, strict=True))
-        assert error < 6e-3, error
-        floor = t * (hq + hk) * d * 4 / BANDWIDTH * 1e6
-        with torch.no_grad():
-            took = device_us(
-                {
-                    "kernelswap": [lambda q=q, k=k: rope.norm_rope(q, k, w, v, cos, sin, 1e-6) for q, k in qk],
-                    "eager": [lambda q=q, k=k: rope.formula(eager_rms(q, w), eager_rms(k, v), cos, sin) for q, k in qk],
-                }
-            )
-            row("K4 q/k-norm+RoPE fwd", f"{t} tokens", floor, took, error)
-            took = device_us(
-                {
-                    "kernelswap": [lambda q=q, k=k: rope.rope(q, k, cos, sin) for q, k in qk],
-                    "eager": [lambda q=q, k=k: rope.formula(q, k, cos, sin) for q, k in qk],
-                }
-            )
-        row("K4 RoPE fwd", f"{t} tokens", floor, took, error)
+        floor = t * (hq + hk) * d * 4 / board.bandwidth * 1e6
+        repeat = 8 if t <= 16 else 1
+        full = [(q, k, w, v, cos, sin) for q, k in qk]
+        candidates = {
+            "kernelswap": lambda q, k, w, v, c, s: rope.norm_rope(q, k, w, v, c, s, EPS),
+            "eager": normed,
+            **together,
+            **(board.compiled(normed) if t > 16 else {}),
+        }
+        board.compare("K4 q/k-norm+RoPE fwd", f"{t} tokens", floor, full, candidates, normed, 8e-3, repeat=repeat)
+        simple = [(q, k, cos, sin) for q, k in qk]
+        candidates = {"kernelswap": rope.rope, "eager": plain, **ligers}
+        board.compare("K4 RoPE fwd", f"{t} tokens", floor, simple, candidates, plain, 8e-3, repeat=repeat)
+        if t != fit(16384)[0]:
+            continue
+        dys = [(randn(1, t, hq, d).transpose(1, 2), randn(1, t, hk, d).transpose(1, 2)) for _ in range(k)]
+        more = {"grads": dys, "wanted": (0, 1)}
+        candidates |= board.compiled(plain)
+        board.compare("K4 RoPE fwd+bwd", f"{t} tokens", 2 * floor, simple, candidates, plain, 8e-3, **more)
 
 
-def losses() -> None:
-    v = 151936
-    for t in (4096, 8192):
-        z, target = randn(t, v), torch.randint(0, v, (t,), device="cuda")
-        want_z = z[:32].double().requires_grad_()
-        F.cross_entropy(want_z, target[:32]).backward()
-        got_z = z[:32].clone().requires_grad_()
-        ce.cross_entropy(got_z, target[:32]).backward()
-        error = relative(got_z.grad, want_z.grad)
-        assert error < 5e-3, error
-
-        def ours(z=z, target=target):
-            leaf = z.detach().requires_grad_()
-            torch.autograd.grad(ce.cross_entropy(leaf, target), leaf)
-
-        def theirs(z=z, target=target):
-            leaf = z.detach().requires_grad_()
-            torch.autograd.grad(F.cross_entropy(leaf, target), leaf)
-
-        took = {k: (a * 1e3, b) for k, (a, b) in wall_ms({"kernelswap": ours, "torch bf16": theirs}, 5).items()}
-        row("K6 cross entropy f+b", f"{t}x{v}", t * v * 4 / BANDWIDTH * 1e6, took, error)
-        del z
-    rate = matrix_rate()
-    for h in (1024, 4096):
-        t = 8192
-        x, w, target = randn(t, h), randn(v, h) * 0.02, torch.randint(0, v, (t,), device="cuda")
-
-        def ours(x=x, w=w, target=target):
-            p, q = x.detach().requires_grad_(), w.detach().requires_grad_()
-            return torch.autograd.grad(head.linear_cross_entropy(p, q, None, target), (p, q))
-
-        def eager(x=x, w=w, target=target):
-            p, q = x.detach().requires_grad_(), w.detach().requires_grad_()
-            return torch.autograd.grad(F.cross_entropy((p @ q.t()).float(), target), (p, q))
-
-        calls = {"kernelswap": ours, "eager": eager}
-        if liger:
-
-            def ligers(x=x, w=w, target=target):
-                p, q = x.detach().requires_grad_(), w.detach().requires_grad_()
-                loss = LigerFusedLinearCrossEntropyFunction.apply(p, q, target)
-                return torch.autograd.grad(loss[0] if isinstance(loss, tuple) else loss, (p, q))
-
-            calls["Liger"] = ligers
-        error = max(relative(a, b) for a, b in zip(ours(), eager(), strict=True))
-        torch.cuda.empty_cache()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        ours()
-        beyond = (torch.cuda.max_memory_allocated() - before - (t * h + v * h) * 2) / 2**30
-        took = {k: (a * 1e3, b) for k, (a, b) in wall_ms(calls, 3).items()}
-        row("K7 LM head + CE f+b", f"{t}x{h}x{v}", 6 * t * h * v / rate * 1e6, took, error)
-        ROWS[-1]["gib_beyond_gradients"] = round(beyond, 3)
-        print(f"   {beyond:.2f} GiB beyond the gradients")
-        del x, w
-        torch.cuda.empty_cache()
-
-
-def matrix_rate() -> float:
-    """Operations per second of a bf16 product on random data."""
-    left, right = randn(8192, 8192), randn(8192, 8192)
-    return 2 * 8192**3 / (device_us({"mm": [lambda: left @ right] * 8})["mm"][0] * 1e-6)
-
-
-def hosts() -> None:
-    x, w, g = randn(1, 1024), randn(1024), randn(1, 3072)
+def hosts(board: Board, ours: types.SimpleNamespace) -> None:
+    """Microseconds of CPU of one call at one token: of the kernels' functions, and of a swapped model's own modules."""
+    costs: dict[str, float] = {}
+    (x, w), g = (randn(1, 1024), randn(1024)), randn(1, 3072)
     q, k = randn(1, 1, 16, 128).transpose(1, 2), randn(1, 1, 8, 128).transpose(1, 2)
     c, d = randn(1, 1, 128), randn(128)
+    calls = {
+        "RMSNorm": lambda x: ours.rms_norm.rms_norm(x, w, EPS),
+        "SiLU*mul": lambda x: ours.glu.act_mul(x, g),
+        "RoPE": lambda x: ours.rope.rope(x, k, c, c),
+        "q/k-norm+RoPE": lambda x: ours.rope.norm_rope(x, k, d, d, c, c, EPS),
+        "F.rms_norm": lambda x: F.rms_norm(x, (1024,), w, EPS),
+        "eager RMSNorm": lambda x: eager_rms(x, w),
+    }
+    tensors = {"SiLU*mul": g, "RoPE": q, "q/k-norm+RoPE": q}
+    calls |= swapped_modules()
+    for name, call in calls.items():
+        given = tensors.get(name, x)
+        with torch.no_grad():
+            costs[name] = host_us(lambda call=call, given=given: call(given))
+        leaf = given.detach().requires_grad_()
+        costs[f"{name} with grad"] = host_us(lambda call=call, leaf=leaf: call(leaf))
+    board.add({"kernel": "H1 host cost", "us": {k: round(v, 3) for k, v in costs.items()}})
+    for name in calls:
+        print(
+            f"H1 host cost           {name:22} {costs[name]:6.1f} us, with gradient {costs[name + ' with grad']:6.1f}", flush=True
+        )
+
+
+def swapped_modules() -> dict[str, Callable[..., object]]:
+    """The norm of a Qwen3 layer as its layer calls it: swapped, and as it was."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    import kernelswap as ks
+
+    config = Qwen3Config(
+        hidden_size=1024, intermediate_size=64, num_hidden_layers=1, num_attention_heads=16, num_key_value_heads=8,
+        head_dim=128, vocab_size=64,
+    )  # fmt: skip
+    original, model = (Qwen3ForCausalLM(config).eval().to(DEVICE, BF) for _ in range(2))
+    ks.swap(model, build="never")
+    ids = torch.zeros((1, 4), dtype=torch.long, device=DEVICE)
+    for _ in range(3):  # the first calls compare with the original
+        model.eval()(ids)
+        model.train()(ids, labels=ids).loss.backward()
+    norm, before = model.eval().model.layers[0].input_layernorm, original.model.layers[0].input_layernorm
     with torch.no_grad():
-        costs = {
-            "RMSNorm": host_us(lambda: rms.rms_norm(x, w, 1e-6)),
-            "SiLU*mul": host_us(lambda: glu.act_mul(g, g)),
-            "RoPE": host_us(lambda: rope.rope(q, k, c, c)),
-            "q/k-norm+RoPE": host_us(lambda: rope.norm_rope(q, k, d, d, c, c, 1e-6)),
-            "F.rms_norm": host_us(lambda: F.rms_norm(x, (1024,), w, 1e-6)),
-            "eager RMSNorm": host_us(lambda: eager_rms(x, w)),
-        }
-    leaf = x.detach().requires_grad_()
-    costs["RMSNorm with grad"] = host_us(lambda: rms.rms_norm(leaf, w, 1e-6))
-    ROWS.append({"kernel": "H1 host cost", "us": costs})
-    print("H1 host us: " + "  ".join(f"{k} {v:.1f}" for k, v in costs.items()))
+        norm(torch.zeros((1, 1024), device=DEVICE, dtype=BF))
+    return {"RMSNorm module": norm, "eager RMSNorm module": before}
+
+
+def main(asked: argparse.Namespace) -> int:
+    torch.manual_seed(0)
+    torch._dynamo.config.cache_size_limit = 64
+    board = Board(
+        asked.out, quick=asked.quick, seconds=asked.seconds, only=asked.only, kept=rows_of(asked.out) if asked.add else ()
+    )
+    layers = kernels("layers/build/torch-cuda", "rms_norm", "glu", "rope")
+    loss = kernels("loss/build/torch-universal", "cross_entropy", "loss")
+    attention = kernels("attention/build/torch-universal", "decode", "dense", "forward")
+    board.bandwidth, board.read, board.rate = element_wise_bandwidth(), read_bandwidth(), matrix_rate()
+    board.about = {
+        "peers": gpu_peers.WHY,
+        "quick": asked.quick,
+        "ceilings": {"element_wise": board.bandwidth, "read": board.read, "matrix": board.rate},
+    }
+    print(
+        f"element-wise {board.bandwidth / 1e12:.2f} TB/s, read {board.read / 1e12:.2f} TB/s, bf16 {board.rate / 1e12:.0f} TFLOP/s"
+    )
+    for name, why in gpu_peers.WHY.items():
+        print(f"{name}: {why}"[:79])
+    print("kernel                 shape              time      share of floor; over the best rival")
+    parts = {
+        ("H1",): lambda: hosts(board, layers),
+        ("K1", "K2"): lambda: rms_norm(board, layers),
+        ("K3",): lambda: add_rms_norm(board, layers),
+        ("K4",): lambda: rotary(board, layers),
+        ("K5",): lambda: gated(board, layers),
+        ("K6",): lambda: gpu_losses.cross_entropy(board, loss),
+        ("K7",): lambda: gpu_losses.linear_cross_entropy(board, loss),
+        ("K8",): lambda: gpu_attention.decode(board, attention),
+        ("K9",): lambda: gpu_attention.causal(board, attention),
+    }
+    took = {}
+    for names, part in parts.items():
+        if board.wants(*names):
+            start = time.perf_counter()
+            part()
+            took[" ".join(names)] = round(time.perf_counter() - start, 1)
+            empty_cache()
+    verdicts = targets.judge(board.rows)
+    board.about |= {
+        "seconds": took,
+        "targets": [
+            {"row": v.row, "target": v.target, "measured": v.measured, "met": v.met} for v in verdicts if v.met is not None
+        ],
+    }
+    board.save()
+    print("\n".join(targets.table(verdicts)))
+    print(f"{time.perf_counter() - board.start:.0f} s")
+    return 1 if board.failed else 0
 
 
 if __name__ == "__main__":
-    torch.manual_seed(0)
-    BANDWIDTH = element_wise_bandwidth()
-    print(f"element-wise bandwidth {BANDWIDTH / 1e12:.2f} TB/s")
-    for part in (hosts, rms_norm, rms_norm_backward, gated, rotary, losses):
-        part()
-        torch.cuda.empty_cache()
-    if len(sys.argv) > 1:
-        write(ROWS, Path(sys.argv[1]))
+    raise SystemExit(main(arguments()))

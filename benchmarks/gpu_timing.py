@@ -40,25 +40,59 @@ def free_bytes() -> int:
     return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
 
 
-def device_us(candidates: dict[str, Sequence[Call]], replays: int = 11) -> dict[str, tuple[float, float]]:
+def device_us(
+    candidates: dict[str, Sequence[Call]], replays: int = 11, failed: dict[str, str] | None = None
+) -> dict[str, tuple[float, float]]:
     """Median microseconds of one call and the spread (p90 - p10)/median; replays of all candidates are interleaved.
 
     Each list of calls is captured once as a CUDA graph; a spin kernel before each replay keeps the queue ahead of the host.
+    With `failed`, what cannot be captured is left out and why is kept there.
     """
     if not CUDA:
-        return queued_us(candidates, replays=1)
-    graphs = {name: captured(calls).replay for name, calls in candidates.items()}
+        return queued_us(candidates, replays=1, failed=failed)
+    graphs = _each(candidates, lambda calls: captured(calls).replay, failed)
     return _events(graphs, {name: len(calls) for name, calls in candidates.items()}, replays, spin=200_000)
 
 
-def queued_us(candidates: dict[str, Sequence[Call]], replays: int = 11) -> dict[str, tuple[float, float]]:
+def queued_us(
+    candidates: dict[str, Sequence[Call]], replays: int = 11, failed: dict[str, str] | None = None
+) -> dict[str, tuple[float, float]]:
     """The same without capture, for calls that take long on the device or wait for it themselves: between two events of the stream."""
-    runs = {name: lambda calls=calls: [call() for call in calls] for name, calls in candidates.items()}
+
+    def once(calls: Sequence[Call]) -> Call:
+        def run() -> None:
+            for call in calls:
+                call()
+
+        run()
+        return run
+
+    runs = _each(candidates, once, failed)
     counts = {name: len(calls) for name, calls in candidates.items()}
     if CUDA:
         return _events(runs, counts, replays, spin=1_000_000)
-    took = wall_ms(runs, replays)
+    took = wall_ms(runs, replays, warm=0)
     return {name: (ms * 1e3 / counts[name], spread) for name, (ms, spread) in took.items()}
+
+
+def _each(
+    candidates: dict[str, Sequence[Call]], make: Callable[[Sequence[Call]], Call], failed: dict[str, str] | None
+) -> dict[str, Call]:
+    made = {}
+    for name, calls in candidates.items():
+        try:
+            made[name] = make(calls)
+        except Exception as e:  # noqa: PERF203  # what the others can do is still to be found
+            if failed is None:
+                raise
+            failed[name] = first_line(e)
+    return made
+
+
+def first_line(e: BaseException) -> str:
+    """An error as a cell of a table."""
+    text = str(e).strip().splitlines()
+    return f"{type(e).__name__}: {text[0][:160] if text else ''}"
 
 
 def captured(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:

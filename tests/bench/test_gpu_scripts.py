@@ -1,6 +1,9 @@
 """The benchmarks of whole models run, at a size that says nothing, where there is no GPU; and greedy text is judged by its gaps."""
 
+import importlib
+import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +18,6 @@ BENCHMARKS = ROOT / "benchmarks"
 @pytest.fixture(scope="module")
 def scripts():
     """Modules of benchmarks/, which import each other by their bare names."""
-    import importlib
-
     sys.path.insert(0, str(BENCHMARKS))
     before = set(sys.modules)
     try:
@@ -28,15 +29,9 @@ def scripts():
                 del sys.modules[name]
 
 
-def script(name, *argv, timeout=280):
-    return subprocess.run(
-        [sys.executable, BENCHMARKS / name, *map(str, argv)],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-        cwd=ROOT,
-    )
+def script(name, *argv, env=None):
+    command = [sys.executable, BENCHMARKS / name, *map(str, argv)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=280, check=False, cwd=ROOT, env=env)
 
 
 @pytest.mark.slow
@@ -65,14 +60,110 @@ def test_every_row_of_the_whole_model_can_be_measured(tmp_path):
 
 @pytest.mark.parametrize(
     ("argv", "said"),
-    [(("--attenton",), "--attenton: not known here"), (("--only", "prefil"), "the parts are accuracy"), (("8b",), "needs an NVIDIA GPU")],
+    [
+        (("gpu_model.py", "--attenton"), "--attenton: not known here"),
+        (("gpu_model.py", "--only", "prefil"), "the parts are accuracy"),
+        (("gpu_model.py", "8b"), "needs an NVIDIA GPU"),
+        (("gpu_kernels.py",), "needs an NVIDIA GPU"),
+        (("gpu_kernels.py", "--only", "K77"), "the kernels are H1, K1"),
+    ],
 )  # fmt: skip
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing without a GPU")
-def test_a_wrong_word_or_no_gpu_is_one_line(argv, said):
-    done = script("gpu_model.py", *argv)
+def test_a_wrong_word_or_no_gpu_is_said_and_not_raised(argv, said):
+    done = script(*argv)
     assert done.returncode != 0
     assert said in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+    assert "Traceback" not in done.stderr
+
+
+INTERPRETER = Path(sys.prefix) / "interpreter"  # where dev.py puts Triton, out of sight of every other test
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the size for machines without a GPU")
+@pytest.mark.skipif(
+    not (INTERPRETER / "triton").is_dir() and importlib.util.find_spec("triton") is None,
+    reason="needs Triton, in its interpreter",
+)
+def test_every_row_of_the_kernels_is_checked_and_written(tmp_path):
+    out = tmp_path / "kernels.json"
+    path = os.pathsep.join([str(ROOT / "src"), str(INTERPRETER)])
+    environ = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path, "KERNELSWAP_CACHE": str(tmp_path / "cache")}
+    done = script("gpu_kernels.py", out, "--quick", env=environ)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    data = json.loads(out.read_text())
+    rows = data["rows"]
+    assert {row["kernel"].split()[0] for row in rows} == {"H1", "K1", "K2", "K3", "K4", "K5", "K6", "K7", "K8", "K9"}
+    for row in rows:
+        if "shape" in row:
+            assert row["error"] < row["tolerance"], row
+            assert row["us"]["kernelswap"] > 0
+    assert {t["row"] for t in data["targets"]} >= {"H1", "K1", "K9"}  # the others name sizes that are not measured here
+    assert data["peers"]["QuACK"].startswith("not importable here")
+    causal = next(row for row in rows if row["kernel"] == "K9 attention fwd")
+    assert "No viable backend" in causal["out"]["SDPA cuDNN"]  # a rival that cannot run here takes no part and says why
+
+
+def test_a_rival_that_is_wrong_is_not_timed_and_ours_fails_the_run(scripts, tmp_path):
+    rows = scripts("gpu_rows")
+    board = rows.Board(tmp_path / "x.json", quick=True, seconds=9, only={"K1"})
+    inputs = [(torch.randn(4, 8),)]
+    right, wrong = (lambda x: x * 2), (lambda x: x * 2.1)
+
+    def raises(x):
+        raise RuntimeError("no\nmore")
+
+    entry = board.compare("K1 x", "4x8", 1.0, inputs, {"kernelswap": right, "near": wrong, "none": raises}, right, 1e-3)
+    assert set(entry["us"]) == {"kernelswap"}
+    assert entry["out"]["near"].startswith("wrong: relative error 5.0e-02")
+    assert entry["out"]["none"] == "RuntimeError: no"
+    assert board.failed == 0
+    entry = board.compare("K1 y", "4x8", 1.0, inputs, {"kernelswap": wrong, "near": right}, right, 1e-3)
+    assert "us" not in entry
+    assert board.failed == 1
+    assert [row["kernel"] for row in json.loads((tmp_path / "x.json").read_text())["rows"]] == ["K1 x", "K1 y"]
+
+
+def kernel_row(kernel, shape, floor=1.0, **us):
+    return {"kernel": kernel, "shape": shape, "floor_us": floor, "us": us}
+
+
+def model_row(name, **speedup):
+    return {"row": name, "ms": {}, "speedup": {k.replace("__", "+"): v for k, v in speedup.items()}}
+
+
+@pytest.mark.parametrize(
+    ("row", "rows", "met", "said"),
+    [
+        ("K1", [kernel_row("K1 RMSNorm fwd", "16384x4096", 95.0, kernelswap=100.0)], True, "0.950"),
+        ("K1", [kernel_row("K1 RMSNorm fwd", "16384x4096", 94.8, kernelswap=100.0)], False, "0.948"),
+        ("K1", [kernel_row("K1 RMSNorm fwd", "1x4096", kernelswap=1.0, Liger=1.1),
+                kernel_row("K1 RMSNorm fwd", "16x4096", kernelswap=1.0, Liger=0.9)], False, "0.90x Liger at 16x4096, the worst of 2"),
+        ("K5", [kernel_row("K5 SiLU*mul fwd", "1x14336", kernelswap=1.5, eager=2.0)], False, "1.50 us"),
+        ("K9", [kernel_row("K9 attention fwd", "8x2048 eager", kernelswap=100.0, SDPA=99.5)], True, "0.99x SDPA"),
+        ("E0", [model_row("0.6b prefill 1x16", swapped=1.2), model_row("8b decode step batch 1", swapped=0.97)], False,
+         "0.97x at 8b decode step batch 1, the worst of 2; 1 below 1"),
+        ("E6", [model_row("0.6b training step 4x2048", swapped=1.9, swapped__loss=2.2, **{"layer.compile()": 1.8})], True,
+         "2.20x (swapped+loss), 1.22x layer.compile()"),
+        ("E6", [{"row": "0.6b training step 4x2048", "peak_gib": {"original": 32.0, "swapped+loss": 14.4}}], False, "14.4 GiB"),
+        ("text", [{"row": "x", "against_original": {"swapped": {"sequences": 2, "identical": 1, "differences": [{"below": False}]}}}],
+         False, "1 of 2 sequences identical, 0 part below the resolution, 1 above it"),
+    ],
+)  # fmt: skip
+def test_targets_are_judged_by_the_rows_alone(scripts, row, rows, met, said):
+    (verdict,) = [v for v in scripts("targets").judge(rows) if v.met is not None and v.row == row]
+    assert verdict.met is met
+    assert verdict.measured.startswith(said)
+
+
+def test_who_was_faster_is_said(scripts):
+    rows = [
+        kernel_row("K1 RMSNorm fwd", "1x4096", kernelswap=1.0, Liger=0.8, eager=3.0),
+        kernel_row("K1 RMSNorm fwd", "4x4096", kernelswap=1.0, Liger=0.995),
+        model_row("0.6b prefill 1x16", swapped=0.8, Liger=0.5),
+    ]
+    assert scripts("targets").losers(rows) == ["K1 RMSNorm fwd, 1x4096: Liger by 25%", "0.6b prefill 1x16: original by 25%"]
 
 
 def small():
