@@ -134,7 +134,8 @@ class Near:
                 q, k, cos, sin = torch.randn(1, 2, 5, 8), torch.randn(1, 1, 5, 8), torch.randn(1, 5, 8), torch.randn(1, 5, 8)
                 pairs = zip(original(q, k, cos, sin), candidate.forward(q, k, cos, sin), strict=True)
             else:
-                x = torch.randn(3, _width(module), dtype=getattr(torch, site.dtype.removeprefix("torch.")))
+                device = next((p.device for p in module.parameters()), "cpu")
+                x = torch.randn(3, _width(module), dtype=getattr(torch, site.dtype.removeprefix("torch.")), device=device)
                 pairs = [(original(module, x), candidate.forward(module, x))]
             close = all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in pairs)
         return Verdict(close, "is close" if close else "differs from the original on random tensors")

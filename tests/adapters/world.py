@@ -9,6 +9,7 @@ from tests.hub import kernel_files
 from tests.swapping import CPU, LAYERS, Near
 
 from kernelswap.api import Swapper
+from kernelswap.machine import look
 from kernelswap.sources.bundled import BundledSource
 from kernelswap.sources.directory import DirectorySource
 from kernelswap.sources.hub import HubSource
@@ -98,8 +99,16 @@ def checkpoint(kind="qwen3"):
         return {p.name: p.read_bytes() for p in pathlib.Path(folder).iterdir()}
 
 
+BACKENDS = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+
+
+def builds(code, **more):
+    """The files of a kernel of plain Python, for what this machine can run models on."""
+    return {path: data for backend in BACKENDS for path, data in kernel_files(f"torch-{backend}", code, **more).items()}
+
+
 def kernel(name, layers, **more):
-    return kernel_files("torch-cpu", "from . import layers", name=name, files={"layers.py": layers}, **more)
+    return builds("from . import layers", name=name, files={"layers.py": layers}, **more)
 
 
 def publish(hub):
@@ -113,9 +122,7 @@ def publish(hub):
     flash = hub.repo("kernels-community/flash-attn2")
     for tag in ("2.0.0", "2.1.0", "2.2.0", "3.0.0", "4.0.0"):
         version = int(tag[0])
-        files = kernel_files(
-            "torch-cpu", f"{FLASH}\nVERSION = {tag!r}\n", name="flash-attn2", version=version, unique=f"f{version}"
-        )
+        files = builds(f"{FLASH}\nVERSION = {tag!r}\n", name="flash-attn2", version=version, unique=f"f{version}")
         flash.branch(f"v{version}", files)
         flash.tag(f"v{tag}", f"v{version}")
     return hub
@@ -137,7 +144,8 @@ def swapper(tmp_path, hub, hub_cache, **more):
 
     ask = HubClient(hub.url, None, 5.0, 0.01).trusts
     verifiers = [PublisherVerifier(Publishers(tmp_path / "publishers", ask))]
-    given = {"sources": sources, "verifiers": verifiers, "machine": CPU, "prover": Near(), **more}
+    seen = CPU if BACKENDS == ("cpu",) else look()
+    given = {"sources": sources, "verifiers": verifiers, "machine": seen, "prover": Near(), **more}
     return Swapper(cache=tmp_path / "cache", **given)
 
 
