@@ -123,15 +123,17 @@ def test_every_backward_pass_gives_the_same(kernel, pieces):
 
 
 def test_float16_gradients_are_rounded_after_the_loss_scale_has_come(kernel, pieces):
-    """One row in thousands: softmax / rows is below float16's smallest number, softmax * 65536 / rows is not."""
-    x, w, _, target = made(torch.float16, 64)
-    w.data *= 0.05
-    found = torch.autograd.grad(kernel.linear_cross_entropy(x, w, None, target) / 16384 * 65536, (x, w))
-    wide = [t.detach().double().requires_grad_() for t in (x, w)]
-    want = torch.autograd.grad(F.cross_entropy(F.linear(*wide), target) / 16384 * 65536, wide)
+    """A model that is sure, and right: every softmax but one is below float16's smallest number until the scale has come."""
+    x, w, _, _ = made(torch.float16)
+    with torch.no_grad():
+        x.mul_(0.02)[:, 0] = 17
+        w.mul_(0.02)[0] = torch.eye(H)[0]
+    target = torch.zeros(21, dtype=torch.int64)
+    found = torch.autograd.grad(kernel.linear_cross_entropy(x, w, None, target) * 2.0**20, (x, w))
+    want = torch.autograd.grad(F.cross_entropy(F.linear(x, w).float(), target) * 2.0**20, (x, w))
     assert max(map(relative, found, want)) < TOLERANCES[torch.float16]
-    first = ((torch.softmax(F.linear(*wide), 1)) / 16384 / 64).half()
-    assert (first == 0).float().mean() > 0.9  # what a gradient made without the scale would lose
+    shares = torch.softmax(F.linear(x, w).double(), 1)
+    assert relative(shares[:, 1:].half(), shares[:, 1:]) > 0.1  # rounded before
 
 
 def test_second_derivatives_are_those_of_torchs_loss(kernel, pieces):
