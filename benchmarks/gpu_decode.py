@@ -11,18 +11,24 @@ from __future__ import annotations
 import copy
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-from gpu_model import model, tokens
-from gpu_timing import write
+from gpu_generate import resolution
+from gpu_model import SIZES, model
+from gpu_model import tokens as random_tokens
+from gpu_timing import CUDA, empty_cache, synchronize, write
 from transformers import StaticCache
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 
 import kernelswap as ks
 
-CONTEXT, SHORT, LONG = 1024, 16, 80
+CONTEXT, SHORT, LONG, COUNT = (1024, 16, 80, 48) if CUDA else (24, 4, 8, 4)
+BATCHES = (1, 32) if CUDA else (1, 2)
+LENGTHS = (301, 517, 733, 949) if CUDA else (11, 17)
 ROWS: list[dict[str, object]] = []
 
 
@@ -33,21 +39,21 @@ def row(what: str, **found: object) -> None:
     print(f"{what:44} " + "  ".join(f"{k} {v}" for k, v in found.items()), flush=True)
 
 
-def timed(run) -> float:
-    torch.cuda.synchronize()
+def timed(run: Callable[[], object]) -> float:
+    synchronize()
     start = time.perf_counter()
     run()
-    torch.cuda.synchronize()
+    synchronize()
     return (time.perf_counter() - start) * 1e3
 
 
-def generate(m, ids, count: int, **more):
+def generate(m: Any, ids: torch.Tensor, count: int, **more: Any) -> torch.Tensor:
     more = {"cache_implementation": "static", **more}
     mask = torch.ones_like(ids)
     return m.generate(ids, attention_mask=mask, max_new_tokens=count, min_new_tokens=count, do_sample=False, **more)
 
 
-def step_in_generate(m, ids, repeats: int = 3, **more) -> tuple[float, float]:
+def step_in_generate(m: Any, ids: torch.Tensor, repeats: int = 3, **more: Any) -> tuple[float, float]:
     """ms per step, and the spread of what the repeats say."""
     found = []
     for _ in range(repeats):
@@ -57,7 +63,7 @@ def step_in_generate(m, ids, repeats: int = 3, **more) -> tuple[float, float]:
 
 
 @torch.no_grad()
-def bare_step(m, ids, count: int = 48) -> float:
+def bare_step(m: Any, ids: torch.Tensor, count: int = COUNT) -> float:
     cache = StaticCache(config=m.config, max_cache_len=CONTEXT + LONG)
     m(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
     one = ids[:, :1].contiguous()
@@ -67,7 +73,7 @@ def bare_step(m, ids, count: int = 48) -> float:
 
 
 @torch.no_grad()
-def agreement(original, found, expected, ids) -> dict[str, object]:
+def agreement(original: Any, found: torch.Tensor, expected: torch.Tensor, ids: torch.Tensor) -> dict[str, object]:
     """How far greedy tokens agree, and how close the original's two best were where they part."""
     differ = (found != expected).any(0).nonzero()
     if not len(differ):
@@ -75,13 +81,13 @@ def agreement(original, found, expected, ids) -> dict[str, object]:
     at = int(differ[0])
     sequence = int((found[:, at] != expected[:, at]).nonzero()[0])
     best = original(expected[sequence : sequence + 1, :at], logits_to_keep=1).logits[0, -1].float().topk(2).values
-    unit = float(best[0].abs()) * 2.0**-8
-    return {"tokens": f"equal for {at - ids.shape[1]}, then a gap of {float(best[0] - best[1]):.4f}, bf16 resolves {unit:.4f}"}
+    gap, unit = float(best[0] - best[1]), resolution(float(best[0]))
+    return {"tokens": f"equal for {at - ids.shape[1]}, then a gap of {gap:.4f} where bf16 resolves {unit:.4f}"}
 
 
-def static(size: str, original, swapped) -> None:
-    for batch in (1, 32):
-        ids = tokens(batch, CONTEXT)
+def static(size: str, original: Any, swapped: Any) -> None:
+    for batch in BATCHES:
+        ids = random_tokens(batch, CONTEXT, of=original)
         eager = {"disable_compile": True}
         expected = generate(original, ids, LONG, **eager)
         original_ms, spread = step_in_generate(original, ids, 2, **eager)
@@ -98,7 +104,7 @@ def static(size: str, original, swapped) -> None:
             spread={"original": spread, "graphs": graphs_spread},
             speedup=round(original_ms / graphs_ms, 2),
             ready_s={"swap": round(swapping, 2), "first generate of 4": round(first, 2)},
-            graphs={k: v for k, v in told.items() if v},
+            graphs={k: v for k, v in (told or {}).items() if v},
             **agreement(original, found, expected, ids),
         )
         bare = {"original": bare_step(original, ids), "graphs": bare_step(swapped, ids)}
@@ -118,18 +124,18 @@ def static(size: str, original, swapped) -> None:
             )
             vars(original).pop("_compiled_call", None)
             torch._dynamo.reset()
-        torch.cuda.empty_cache()
+        empty_cache()
 
 
-def dynamic(size: str, original, swapped) -> None:
+def dynamic(size: str, original: Any, swapped: Any) -> None:
     with ks.swap(swapped, attention=True) as applied:
-        for batch in (1, 32):
+        for batch in BATCHES:
             both = {"original": original, "attention": swapped}
             for m in both.values():
-                generate(m, tokens(batch, 64), 4, cache_implementation=None)
+                generate(m, random_tokens(batch, 64, of=original), 4, cache_implementation=None)
             took: dict[str, list[float]] = {name: [] for name in both}
-            for turn, length in enumerate((301, 517, 733, 949)):
-                ids = tokens(batch, length)
+            for turn, length in enumerate(LENGTHS):
+                ids = random_tokens(batch, length, of=original)
                 for name in sorted(both, reverse=bool(turn % 2)):
                     took[name].append(timed(lambda m=both[name], i=ids: generate(m, i, 32, cache_implementation=None)))
             ms = {name: round(sum(times) / len(times) / 32, 3) for name, times in took.items()}
@@ -144,7 +150,7 @@ def dynamic(size: str, original, swapped) -> None:
 
 if __name__ == "__main__":
     only = next((a.partition("=")[2] for a in sys.argv if a.startswith("--only=")), "")
-    for name in [a for a in sys.argv[1:] if a in {"0.6b", "8b"}] or ["0.6b"]:
+    for name in [a for a in sys.argv[1:] if a in SIZES] or ["0.6b" if CUDA else "tiny"]:
         plain = model(name)
         twin = copy.deepcopy(plain)
         if only != "dynamic":
@@ -152,4 +158,4 @@ if __name__ == "__main__":
         if only != "static":
             dynamic(name, plain, twin)
         del plain, twin
-        torch.cuda.empty_cache()
+        empty_cache()
