@@ -235,6 +235,35 @@ def test_functions_by_position():
     assert "output 1" in verdict.reason
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_where_the_original_cancels_to_zero_a_more_accurate_kernel_is_right(training):
+    """In bfloat16 each product of a rotation is rounded, and of millions of differences some come out as 0 that are not."""
+    module = ORIGINALS["rotary"].make(128).bfloat16()
+
+    def exact(q, k, cos, sin, unsqueeze_dim=1):
+        wide = apply_rotary_pos_emb(*(t.float() for t in (q, k, cos, sin)), unsqueeze_dim=unsqueeze_dim)
+        return tuple(t.bfloat16() for t in wide)
+
+    one = Site(module, apply_rotary_pos_emb, exact, "rotary", "function", training=training)
+    angle = torch.outer(torch.arange(2048.0), 1e4 ** -torch.linspace(0, 1, 64)).repeat(1, 2)[None]
+    q, k = (torch.randn(2, 2048, heads, 128).bfloat16().transpose(1, 2).requires_grad_(training) for heads in (16, 8))
+    given = q, k, angle.cos().bfloat16(), angle.sin().bfloat16()
+    cancelled = (apply_rotary_pos_emb(*given)[0] == 0) & (exact(*given)[0].abs() > 1e-3)
+    assert cancelled.any()
+    _, verdict = one(*given)
+    assert verdict.accepted, verdict.reason
+
+    def evil(q, k, cos, sin, unsqueeze_dim=1):
+        out = exact(q, k, cos, sin, unsqueeze_dim)
+        if q.shape[2] > 1000:
+            out[0].view(-1)[out[0].detach().abs().argmin()] += 0.05  # small for its row, large for itself
+        return out
+
+    one.evil = evil
+    _, verdict = one(*given)
+    assert not verdict.accepted
+
+
 @pytest.mark.parametrize("rows", [3, 600])
 def test_many_weights_meet_float64_only_where_the_call_is_as_large(rows, monkeypatch):
     monkeypatch.setattr(quick, "MANY_WEIGHTS", 1000)

@@ -143,14 +143,15 @@ class _Quick:
                 labels = calls.names(call.original, call.args, call.kwargs, bound=call.module is not None)
                 raise Differs(f"changes its input {labels[i]} in place")
 
-    def outstanding(self, kernel: Result, original: Result) -> Tensor:
-        """Rows in which the outputs differ most, and others, as many as `LOOKED_AT` allows; in order."""
+    def outstanding(self, kernel: Result, original: Result, n: int | None = None) -> Tensor:
+        """Rows in which the outputs differ most, and others, as many as `LOOKED_AT` allows; in order. `n`: how many there are."""
+        n = self.n if n is None else n
         few = 4 if self.heavy else max(4, min(FEW, LOOKED_AT * self.n // max(1, 3 * self.call.size)))
-        found = [torch.linspace(0, self.n - 1, min(few, self.n), dtype=torch.float64, device="cpu").long()]
+        found = [torch.linspace(0, n - 1, min(few, n), dtype=torch.float64, device="cpu").long()]
         for k, o in zip(kernel.outputs, original.outputs, strict=True):
-            a, b = self.rows_of(k.detach()), self.rows_of(o)
-            assert a is not None
-            assert b is not None
+            a, b = self.rows_of(k.detach(), n), self.rows_of(o.detach(), n)
+            if a is None or b is None:
+                raise trial.Skip("an output has no rows of the call")
             found += [t.cpu() for t in _widest(a, b, few)]
         rows: Tensor = torch.cat(found).unique()  # type: ignore[no-untyped-call]  # torch's own
         return rows
@@ -197,11 +198,10 @@ class _Quick:
         most = max(1, min(self.n, PART // max(1, call.size // self.n)))
         whole = torch.linspace(0, self.n - 1, most, dtype=torch.float64, device="cpu").long()
         case = call.case("this call", [real.own(v) for v in call.leaves]) if most == self.n else self.taken("this call", whole)
-        trial.against_original(pair, case, call.want, slack=BOTH, most=3 * FEW)
-        few = 12 if self.heavy else max(12, min(3 * FEW, LOOKED_AT * self.n // max(1, call.size)))
+        kernel, original = trial.against_original(pair, case, call.want, slack=BOTH, most=3 * FEW)
         if self.heavy and self.n < WORTH:
             return
-        index = torch.linspace(0, self.n - 1, min(few, self.n), dtype=torch.float64, device="cpu").long()
+        index = whole[self.outstanding(kernel, original, most)]
         self.case = f"{len(index)} of the {self.n} rows of this call"
         trial.glance(pair, self.taken(self.case, index), want=call.want, errors=self.errors)
         self.case = "this call"
@@ -228,12 +228,13 @@ class _Quick:
             raise trial.Skip("there are no rows to take from it")
         return self.call.case(what, [real.strided(v) for v in picked] if gaps else picked, counts=True)
 
-    def rows_of(self, output: Tensor) -> Tensor | None:
-        """An output with the rows, or positions, of the call in front; None where it has others."""
+    def rows_of(self, output: Tensor, n: int | None = None) -> Tensor | None:
+        """An output with the rows, or positions, of the call in front, or of `n` of them; None where it has others."""
+        n = self.n if n is None else n
         if self.call.site.row.probe in real.ROWWISE:
             rows = output.reshape(-1, output.shape[-1]) if output.ndim > 1 else output.reshape(1, -1)
-            return rows if len(rows) == self.n else None
-        return output.movedim(3 - self.call.dim, 0) if output.ndim == 4 and output.shape[3 - self.call.dim] == self.n else None
+            return rows if len(rows) == n else None
+        return output.movedim(3 - self.call.dim, 0) if output.ndim == 4 and output.shape[3 - self.call.dim] == n else None
 
     def picked(self, output: Tensor, rows: Tensor, *, taken: bool = False) -> Tensor:
         """Those rows of an output, in the shape that a call of these rows alone gives. `taken`: the output is such a one."""

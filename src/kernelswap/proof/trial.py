@@ -335,8 +335,10 @@ def glance(pair: Pair, case: Case, *, want: Want | None = None, errors: Errors |
     return kernel.outputs
 
 
-def against_original(pair: Pair, case: Case, want: Want | None, *, slack: float, most: int) -> None:
+def against_original(pair: Pair, case: Case, want: Want | None, *, slack: float, most: int) -> tuple[Result, Result]:
     """Outputs and gradients of both, one against the other, in `most` rows each that differ most. For calls too large for float64.
+
+    Single small elements are not judged. What the kernel gave, and the original.
 
     Raises:
         Differs, Skip: as `examine`.
@@ -346,6 +348,7 @@ def against_original(pair: Pair, case: Case, want: Want | None, *, slack: float,
     kernel = one.kernel(original)
     structure(kernel, original, one.owned)
     one.compare(kernel, original, Answer(original.outputs, {}, None, {}), slack, most=most)
+    return kernel, original
 
 
 def memory_kept(pair: Pair, case: Case) -> None:
