@@ -1,3 +1,4 @@
+# ruff: noqa: N803, PLR0913, PLR0917 -- a kernel takes pointers and constants, and those have names in capitals
 """Which launch of the cross entropy kernel is fastest: `python benchmarks/gpu_tune_ce.py [rows] [vocab]`. Bytes: logits read once, gradient written once.
 
 The second sweep of a row is free only if its logits are still in L2. 8 warps of 4096 columns leave room for two rows in each
