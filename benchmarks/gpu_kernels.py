@@ -266,7 +266,7 @@ def main(asked: argparse.Namespace) -> int:
     )
     for name, why in gpu_peers.WHY.items():
         print(f"{name}: {why}"[:79])
-    print(f"{'kernel':22} {'shape':16} {'time':>12} {'floor':>5} over the next best")
+    print("kernel                 shape              time      share of floor; over the best rival")
     parts = {
         ("H1",): lambda: hosts(board, layers),
         ("K1", "K2"): lambda: rms_norm(board, layers),

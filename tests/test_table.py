@@ -76,8 +76,16 @@ WRONG = [
     ("[[swap]]\nlayer = 3", "t.toml:1: row 1: `layer` is 3, expected a text"),
     ("[[swap]]\nlayer = 'a'\ntaget = []", "t.toml:1: row 1 (a): unknown key `taget`, did you mean `targets`?"),
     (
+        "[[swap]]\nlayer = 'a'\nkind = 'function'\nstatements = 'sum'",
+        "t.toml:1: row 1 (a): `statements` is 'sum', expected residual_norm or norm_rotary, with kind = \"function\"",
+    ),
+    (
+        "[[swap]]\nlayer = 'a'\nstatements = 'residual_norm'",
+        "t.toml:1: row 1 (a): `statements` is 'residual_norm', expected residual_norm or norm_rotary, with kind = \"function\"",
+    ),
+    (
         "[[swap]]\nlayer = 'a'\nzzz = []",
-        "t.toml:1: row 1 (a): unknown key `zzz`, known: layer, kind, targets, needs, at, probe, note, off, use, rivals",
+        "t.toml:1: row 1 (a): unknown key `zzz`, known: layer, kind, targets, needs, at, probe, note, off, use, rivals, statements",
     ),
     (
         "[[swap]]\nlayer = 'a'\nkind = 'modul'",

@@ -6,13 +6,12 @@ random tensors. Per site and mode the candidates of its row are tried in order, 
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
-from . import layers, reads, sites, table
+from . import layers, reads, signature, sites, table
 from . import mode as modes
 from .errors import KernelSwapError, Refused, Tampered
 from .slots import function as function_slot
@@ -71,7 +70,7 @@ def plan(
         ModeError: `wish.mode` makes no sense.
     """
     planner = _Planner(model, provide, prover, machine, wish or Wish(), {} if verdicts is None else verdicts)
-    return tuple(planner.outcome(site) for site in sites)
+    return planner.beside(tuple(planner.outcome(site) for site in sites))
 
 
 # -- the decision -------------------------------------------------------------------------------------------------
@@ -103,7 +102,7 @@ class _Planner:
         self.provide, self.prover, self.machine, self.wish, self.verdicts = provide, prover, machine, wish, verdicts
         self.provided: dict[tuple[str, str, SiteKind], Implementation | _Passed] = {}
         self.fits: dict[tuple[int, object], Implementation | str] = {}
-        self.signatures: dict[tuple[int, SiteKind], object] = {}
+        self.signatures: dict[tuple[int, str], object] = {}
         self.choices: dict[object, list[tuple[Choice, list[_Passed], _Asked]]] = {}
         self.obstacles: dict[tuple[int, int, SiteKind], str | None] = {}
         self.replaced: dict[str, tuple[str, frozenset[str]]] = {}  # path -> layer, children that its kernel still calls
@@ -128,6 +127,21 @@ class _Planner:
         if site.kind == "module" and len(served) == wanted and reads.ANYTHING not in called:
             self.replaced[site.path] = site.layer, frozenset(called)
         return Swap(site, inference, training)
+
+    def beside(self, outcomes: tuple[Outcome, ...]) -> tuple[Outcome, ...]:
+        """Statements are left alone where what they call is: what serves a norm, or is not to, was decided for that norm."""
+        by_place = {(o.site.path, o.site.name): o for o in outcomes}
+        found = []
+        for outcome in outcomes:
+            if isinstance(outcome, Swap) and outcome.site.row.statements:
+                site, module = outcome.site, self.modules[outcome.site.path]
+                norms = [(norm, (f"{site.path}.{norm}".lstrip("."), "")) for norm in function_slot.norms(module, site.name)]
+                inside = [(name, (site.path, name)) for name in function_slot.inside(module, site.name)]
+                called = [(name, by_place[place]) for name, place in (*norms, *inside) if place in by_place]
+                found.append(_with_those(outcome, called))
+            else:
+                found.append(outcome)
+        return tuple(found)
 
     def left_alone(self, site: Site) -> str | None:
         if site.left_out:
@@ -184,7 +198,7 @@ class _Planner:
                 later = tuple(one.spec for one in allowed[i:])
                 break
         best = Choice(accepted[0][1], verdict=accepted[0][2]) if accepted else Choice(None)
-        if self.wish.chooser is not None and self.takes_any(site, module):
+        if self.wish.chooser is not None and not site.row.statements and self.takes_any(site, module):
             best = self.wish.chooser.choose(site, module, _original(site, module), accepted, run)
             passed += [_Passed(MEASURED, spec, why) for spec, why in best.passed]
         choice = replace(best, passed=tuple((p.spec, p.why) for p in passed), later=later)
@@ -260,9 +274,13 @@ class _Planner:
         return module_slot.obstacle(module, replacing=replacing) is None
 
     def signature(self, site: Site, module: nn.Module) -> object:
-        key = id(module), site.kind
+        key = id(module), site.name if site.row.statements else site.kind
         if key not in self.signatures:
-            self.signatures[key] = signature(module, deep=site.kind == "module")
+            self.signatures[key] = (
+                tuple((norm, signature.of(found)) for norm, found in function_slot.norms(module, site.name).items())
+                if site.row.statements
+                else signature.of(module, deep=site.kind == "module")
+            )
         return self.signatures[key]
 
     def prove(
@@ -275,6 +293,32 @@ class _Planner:
         if key not in self.verdicts:
             self.verdicts[key] = self.prover.equivalent(site, module, original, implementation, run)
         return self.verdicts[key]
+
+
+def _with_those(outcome: Swap, called: Sequence[tuple[str, Outcome]]) -> Outcome:
+    """The swap of statements in those modes in which the same build serves all that they call."""
+    whole: dict[bool, Choice] = {}
+    for training in (False, True):
+        choice = outcome.serving(training=training)
+        for name, other in called:
+            kernel = choice.implementation
+            if kernel is None:
+                break
+            if isinstance(other, Kept):
+                if other.site.left_out.startswith(sites.NOT_ASKED_FOR):
+                    continue  # these statements were asked for, and by name
+                why = f"its {name} is left as it is: {other.reason}"
+            else:
+                its = other.serving(training=training).implementation
+                if its is not None and its.origin.digest == kernel.origin.digest and not its.parts:
+                    continue
+                why = f"its {name} is served by {'the original' if its is None else its.origin.candidate.requirement}"
+            choice = Choice(None, (*choice.passed, (str(kernel.origin.candidate.requirement), why)))
+        whole[training] = choice
+    if all(choice.implementation is None for choice in whole.values()):
+        passed = (*dict.fromkeys((*whole[False].passed, *whole[True].passed)),)
+        return Kept(outcome.site, passed[-1][1] if passed else "", passed)
+    return replace(outcome, inference=whole[False], training=whole[True])
 
 
 def _runs(mode: Mode | None) -> dict[bool, Run | None]:
@@ -321,42 +365,3 @@ def _one_reason(passed: Sequence[_Passed], site: Site) -> str:
     if best.rank == NOT_ASKED:
         return best.why
     return f"{best.spec} {best.why}" if best.why.startswith(("is ", "has ", "differs ")) else f"{best.spec}: {best.why}"
-
-
-# -- what a verdict holds for -------------------------------------------------------------------------------------
-
-
-def signature(module: nn.Module, *, deep: bool = True) -> object:
-    """What decides how a module computes, short of its weights' values: class, settings, shapes, and the same below it.
-
-    Two modules with equal signatures share a decision. A layer's number does not count; a `config` counts as the object
-    that it is; other objects (caches, dicts) do not. Not `deep`: settings alone, which is what a function may be told.
-    """
-    settings = tuple(
-        (name, value if type(value) in _PLAIN else _setting(name, value))
-        for name, value in vars(module).items()
-        if name[0] != "_" and name not in _NOT_SETTINGS
-    )
-    if not deep:
-        return sites.original(module), settings
-    tensors = tuple(
-        (name, None if t is None else (t.shape, t.dtype, t.requires_grad))
-        for held in (module._parameters, module._buffers)  # noqa: SLF001  # the public iterators walk the whole tree
-        for name, t in held.items()
-    )
-    below = tuple((name, None if child is None else signature(child)) for name, child in module._modules.items())  # noqa: SLF001  # same
-    return sites.original(module), settings, tensors, below
-
-
-_PLAIN = {bool, int, float, str, type(None)}
-_NOT_SETTINGS = {"training", "layer_idx", "layer_id", "layer_number"}
-
-
-def _setting(name: str, value: object) -> object:
-    if isinstance(value, functools.partial):
-        return "partial", value.func, repr(value.args), repr(value.keywords)
-    if isinstance(value, tuple):
-        return repr(value)
-    if callable(value):
-        return getattr(value, "__func__", None) or getattr(value, "__qualname__", type(value))
-    return id(value) if name == "config" else type(value)

@@ -7,7 +7,7 @@ under accelerate; its dtype and its mode are its own. A module reachable under t
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from types import CodeType
@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from . import layers
 from .errors import PlanConflict, TableError
+from .slots import fused, rebuild
 from .slots import module as module_slot
-from .slots import rebuild
 from .types import Row, Site
 
 if TYPE_CHECKING:
@@ -52,13 +52,16 @@ def find(
                     break
                 near = _place(parent) or (None, None)
                 device, dtype = device or near[0], dtype or near[1]
+            device = device or "cpu"
+            if row.statements and row.use and not any(_may_be_on(use.on, device) for use in row.use):
+                continue  # nothing that the model does is lost where there is no kernel for statements
             found.append(
                 Site(
                     path=path,
                     kind=row.kind,
                     layer=row.layer,
                     target=target,
-                    device=device or "cpu",
+                    device=device,
                     dtype=dtype or FLOAT32,
                     training=module.training,
                     row=row,
@@ -66,7 +69,13 @@ def find(
                     left_out=left_out,
                 )
             )
-    return wanted.mark(found)
+    return wanted.mark(found, elsewhere={row.layer for row in rows if row.statements})
+
+
+def _may_be_on(on: tuple[str, ...], device: str) -> bool:
+    """Whether a use that is for these could serve on a device of this type; torch calls ROCm devices `cuda`."""
+    kind = device.partition(":")[0]
+    return not on or any(one.partition(":")[0] in ({"cuda", "rocm"} if kind == "cuda" else {kind}) for one in on)
 
 
 def original(module: nn.Module) -> type[Any]:
@@ -84,6 +93,10 @@ def named_by(pattern: str, site: Site) -> bool:
     )
 
 
+NOT_ASKED_FOR = "skipped by you (only="
+"""How `left_out` begins where `only` names other sites."""
+
+
 # -- what the user leaves out -------------------------------------------------------------------------------------
 
 
@@ -95,12 +108,13 @@ class _Wanted:
     def __init__(self, only: str | Iterable[str] | None, skip: str | Iterable[str] | None) -> None:
         self.only, self.skip, self.all = _globs(only), _globs(skip), only is None
 
-    def mark(self, found: list[Site]) -> tuple[Site, ...]:
+    def mark(self, found: list[Site], *, elsewhere: Collection[str] = ()) -> tuple[Site, ...]:
+        """`elsewhere`: layers whose sites depend on the device; to skip one where it has none is no mistake."""
         idle = [
             f"{word}={glob!r} names nothing in this model"
             for word, globs in (("only", self.only), ("skip", self.skip))
             for glob in globs
-            if not any(named_by(glob, site) for site in found)
+            if not any(named_by(glob, site) for site in found) and not (word == "skip" and glob in elsewhere)
         ]
         if idle:
             offered = ", ".join(sorted({site.layer for site in found})) or "nothing that a table row knows"
@@ -112,7 +126,7 @@ class _Wanted:
         if skipped is not None:
             return replace(site, left_out=f"skipped by you (skip={skipped!r})")
         if not self.all and not any(named_by(glob, site) for glob in self.only):
-            return replace(site, left_out=f"skipped by you (only={', '.join(map(repr, self.only)) or 'nothing'})")
+            return replace(site, left_out=f"{NOT_ASKED_FOR}{', '.join(map(repr, self.only)) or 'nothing'})")
         return site
 
 
@@ -126,7 +140,8 @@ class _Matcher:
 
     def __init__(self, module_rows: Sequence[Row], function_rows: Sequence[Row]) -> None:
         self.module_rows = tuple((row, *_split(row)) for row in module_rows)
-        self.function_rows = tuple((row, *_split(row)) for row in function_rows)
+        self.function_rows = tuple((row, *_split(row)) for row in function_rows if not row.statements)
+        self.statement_rows = tuple((row, *_split(row)) for row in function_rows if row.statements)
         self.classes: dict[type[Any], tuple[str, tuple[tuple[int, Row], ...], tuple[tuple[Row, str, str], ...]]] = {}
 
     def claims(self, path: str, module: nn.Module) -> Iterator[Claim]:
@@ -142,6 +157,25 @@ class _Matcher:
                 yield claim
         for row, name, of in functions:
             yield row, of, name, ""
+        for row, plain, globs in self.statement_rows:
+            yield from self._statements(module, target, row, plain, globs)
+
+    def _statements(
+        self, module: nn.Module, target: str, row: Row, plain: frozenset[str], globs: tuple[str, ...]
+    ) -> Iterator[Claim]:
+        """The passages of a module's forward whose norms are all of the classes that a row names."""
+        fits = set()
+        for name, child in _children(module).items():
+            if child is not None:
+                cls = original(child).__name__
+                if (cls in plain or any(fnmatchcase(cls, glob) for glob in globs)) and _missing(child, row) is None:
+                    fits.add(name)
+        found = fused.find(original(module).forward, row.statements) if fits else ()
+        if isinstance(found, str):
+            return  # many classes hold a norm, and of what cannot be read nobody knows that there is anything to swap
+        for passage in found:
+            if fits.issuperset(passage.norms):
+                yield row, target, passage.name, passage.why
 
     def _by_class(self, cls: type[Any]) -> Iterator[tuple[int, Row]]:
         """`(how precisely the row names this class, row)`: the decoration above all, then the literal part of a glob."""

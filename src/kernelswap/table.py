@@ -11,6 +11,7 @@ A row, with everything that it may say:
     use     = ["kernelswap/layers:RMSNorm", {spec = "org/norm@2:RMSNorm", on = ["cuda:sm90", "rocm"], modes = ["inference"]}]
     off     = false
     note    = "mean of squares over the last dimension"
+    statements = "residual_norm"                    # with kind = "function": a pattern of statements; targets, needs: of its norms
 
 `modes` are `inference`, `training`, each with or without `+compile`, and `fallback`.
 """
@@ -33,8 +34,10 @@ if sys.version_info >= (3, 11):
 else:  # pragma: no cover  # Python 3.10
     import tomli as tomllib
 
-_ROW_KEYS = ("layer", "kind", "targets", "needs", "at", "probe", "note", "off", "use", "rivals")
+_ROW_KEYS = ("layer", "kind", "targets", "needs", "at", "probe", "note", "off", "use", "rivals", "statements")
 _USE_KEYS = ("spec", "on", "modes")
+STATEMENTS = ("residual_norm", "norm_rotary")
+"""Patterns of statements that a forward is searched for."""
 _ALIAS = {"metal": "mps", "cann": "npu"}
 _ON = re.compile(
     r"(?P<type>cpu|cuda|rocm|xpu|npu|mps|tpu|neuron|metal|cann)(?::(?:sm(?P<sm>[0-9]{2,3})(?P<up>\+?)|(?P<gfx>gfx[0-9a-f]+)))?"
@@ -133,6 +136,7 @@ def _lay_over(row: Row, new: Row) -> Row:
         rivals=(*new.rivals, *(use for use in row.rivals if use.spec not in named | {r.spec for r in new.rivals})),
         off=new.off,
         note=new.note or row.note,
+        statements=new.statements or row.statements,
     )
 
 
@@ -172,6 +176,11 @@ class _Reader:
         kind = self.text(at, item, "kind", "module")
         if kind not in get_args(SiteKind):
             self.problems.append(f"{at}: `kind` is {kind!r}, expected one of {', '.join(get_args(SiteKind))}")
+        statements = self.text(at, item, "statements", "")
+        if statements and (statements not in STATEMENTS or kind != "function"):
+            self.problems.append(
+                f'{at}: `statements` is {statements!r}, expected {" or ".join(STATEMENTS)}, with kind = "function"'
+            )
         off = item.get("off", False)
         if not isinstance(off, bool):
             self.problems.append(f"{at}: `off` is {off!r}, expected true or false")
@@ -186,6 +195,7 @@ class _Reader:
             rivals=tuple(self.use(f"{at}: rivals {i}", use) for i, use in enumerate(self.items(at, item, "rivals"), 1)),
             off=bool(off),
             note=self.text(at, item, "note", ""),
+            statements=statements,
         )
 
     def need(self, at: str, need: object) -> tuple[str, ...]:

@@ -349,6 +349,9 @@ class Row:
     off: bool = False
     """Leave it alone, and say that the user asked for that."""
     note: str = ""
+    statements: str = ""
+    """kind function: not a call but a pattern of statements, by its name in `slots.passages`; `targets` and `needs` are then those
+    of the norms that the statements call."""
     at: tuple[str, ...] = ()
     """Globs over paths, for what is told from its like by its place alone; empty: anywhere. It decides where to look, not what is
     the same: that is proved."""

@@ -44,7 +44,7 @@ def test_a_model_on_a_gpu_is_swapped_proved_and_given_back(swapper, dtype):
         served = {
             o.site.layer: o.inference.implementation.origin.candidate.variant for o in applied.outcomes if isinstance(o, Swap)
         }
-        assert served == dict.fromkeys(("RMSNorm", "SwiGLUMLP", "rotary_pos_emb"), "torch-cuda")
+        assert served == dict.fromkeys(("RMSNorm", "SwiGLUMLP", "residual_norm", "norm_rotary"), "torch-cuda")
         found = model(ids).logits
         assert applied.refusals == ()
         torch.testing.assert_close(found, original, atol=0.05 if dtype == torch.bfloat16 else 1e-4, rtol=0.05)

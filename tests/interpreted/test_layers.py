@@ -132,8 +132,9 @@ def test_rotary_of_inner_strides(layers, launches):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize("dim", [1, 2])
-def test_norm_and_rotary_in_one_launch(layers, launches, dtype, dim):
+def test_norm_and_rotary_in_one_launch(layers, launches, dtype, dim, offset):
     b, s, h, k, d = 2, 9, 6, 3, 64
     q, kk = (torch.randn(b, s, n, d, dtype=dtype) for n in (h, k))
     if dim == 1:
@@ -142,8 +143,8 @@ def test_norm_and_rotary_in_one_launch(layers, launches, dtype, dim):
     cos, sin = (torch.randn(b, s, d, dtype=dtype) for _ in range(2))
     f = layers.rope
     error = both(
-        lambda q, k, w, v: f.norm_rope(q, k, w, v, cos, sin, 1e-6, dim),
-        lambda q, k, w, v: f.formula(rms(q, w), rms(k, v), cos.double(), sin.double(), dim),
+        lambda q, k, w, v: f.norm_rope(q, k, w, v, cos, sin, 1e-6, dim, offset),
+        lambda q, k, w, v: f.formula(rms(q, w, offset), rms(k, v, offset), cos.double(), sin.double(), dim),
         (q, kk, w, v),
     )
     assert error < 1.3 * TOLERANCES[dtype]
@@ -170,6 +171,54 @@ def test_the_modules_find_their_numbers(layers, launches):
     norm, x = Norm(), torch.randn(3, 32)
     assert relative(norm(x), rms(x.double(), norm.weight.double(), eps=1e-3)) < 1e-5
     assert launches == ["_forward"]
+
+
+def norms(layers, *weights, eps="variance_epsilon", of=(1e-3, 1e-3)):
+    """Modules that hold what the layers read of a norm."""
+    made = [torch.nn.Module() for _ in weights]
+    for norm, weight, value in zip(made, weights, of, strict=False):
+        norm.weight = torch.nn.Parameter(weight)
+        setattr(norm, eps, value)
+    return made
+
+
+@pytest.mark.parametrize("eps", ["variance_epsilon", "eps"])
+@pytest.mark.parametrize(("name", "offset"), [("residual_norm", 0), ("residual_norm_zero_centered", 1)])
+def test_in_the_place_of_a_residual_sum_and_its_norm(layers, launches, name, offset, eps):
+    r, h, w = torch.randn(3, 5, 32), torch.randn(3, 5, 32), torch.randn(32)
+    (norm,) = norms(layers, w, eps=eps)
+    y, s = getattr(layers.layers, name)(norm, r, h)
+    assert torch.equal(s, r + h)
+    assert relative(y, rms((r + h).double(), w.double(), offset, 1e-3)) < 1e-5
+    assert launches == ["_add_forward"]
+    (y.sum() + s.sum()).backward()
+    assert norm.weight.grad.shape == w.shape
+
+
+@pytest.mark.parametrize("of", [(1e-3, 1e-3), (1e-3, 1e-1)])
+@pytest.mark.parametrize(("name", "offset"), [("norm_rotary", 0), ("norm_rotary_zero_centered", 1)])
+def test_in_the_place_of_the_norms_of_q_and_k_and_their_rotary_embedding(layers, launches, name, offset, of):
+    q, k = torch.randn(2, 5, 4, 32).transpose(1, 2), torch.randn(2, 5, 2, 32).transpose(1, 2)
+    cos, sin, v, w = torch.randn(2, 5, 32), torch.randn(2, 5, 32), torch.randn(32), torch.randn(32)
+    with torch.no_grad():
+        found = getattr(layers.layers, name)(*norms(layers, v, w, of=of), q, k, cos, sin)
+    q, k, v, w = (x.double() for x in (q, k, v, w))
+    want = layers.rope.formula(rms(q, v, offset, of[0]), rms(k, w, offset, of[1]), cos.double(), sin.double())
+    assert max(map(relative, found, want)) < 1e-5
+    assert launches == (["_forward"] if of[0] == of[1] else ["_forward"] * 3)
+
+
+def test_norms_that_the_kernel_would_misread_go_through_torch(layers, launches):
+    q, k, c = torch.randn(2, 4, 5, 32), torch.randn(2, 2, 5, 32), torch.randn(2, 5, 32)
+    f = layers.rope
+    for v, w in (
+        (torch.randn(32).half(), torch.randn(32)),
+        (torch.randn(32), torch.randn(64)[::2]),
+        (torch.randn(1), torch.randn(32)),
+    ):
+        want = f.formula(rms(q.double(), v.double()), rms(k.double(), w.double()), c.double(), c.double())
+        assert max(map(relative, f.norm_rope(q, k, v, w, c, c, 1e-6), want)) < 1e-5
+    assert launches == []
 
 
 def test_shapes_and_dtypes_that_the_kernels_would_misread_go_through_torch(layers, launches):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from .. import render
-from ..slots import rebuild
+from ..slots import fused, rebuild
 from ..types import Implementation, Kept, Outcome, Site, Swap, Verdict
 from . import ab
 
@@ -123,7 +123,7 @@ def record(model: nn.Module, kinds: Sequence[Kind], run: Callable[[], Any]) -> d
 
 def _listen(module: nn.Module, name: str, into: list[Call]) -> Callable[[], Any]:
     """Give this instance a forward that notes what it passes to the function `name`."""
-    function = rebuild.found(type(module).forward, name)
+    function = rebuild.found(fused.opened(type(module).forward, [name]), name)
 
     def heard(*args: Any, **kwargs: Any) -> Any:
         into.append((args, kwargs))
@@ -136,7 +136,7 @@ def stand_in(module: nn.Module, names: Mapping[str, Callable[..., Any]]) -> Call
     """Let this instance's forward find these functions under those names; what undoes it is returned."""
     former = module.__dict__.get("forward")
     forward = former.__func__ if isinstance(former, types.MethodType) else type(module).forward
-    module.__dict__["forward"] = types.MethodType(rebuild.rebuilt(forward, dict(names)), module)
+    module.__dict__["forward"] = types.MethodType(rebuild.rebuilt(fused.opened(forward, names), dict(names)), module)
 
     def undo() -> None:
         if former is None:
@@ -213,4 +213,5 @@ def sides(kind: Kind, original: nn.Module, swapped: nn.Module) -> tuple[Callable
         return original.get_submodule(site.path), swapped.get_submodule(site.path)
     implementation = kind.implementation
     assert implementation is not None
-    return rebuild.found(type(original.get_submodule(site.path)).forward, site.name), implementation.forward
+    forward = type(original.get_submodule(site.path)).forward
+    return rebuild.found(fused.opened(forward, [site.name]), site.name), implementation.forward

@@ -16,7 +16,7 @@ from ..proof import Check
 from ..proof.inputs import count
 from ..proof.real import positions, take
 from ..report.observed import Observed, Refusal, Share, Speed, Step
-from ..slots import rebuild
+from ..slots import fused, rebuild
 from ..types import Machine, Outcome, Site
 from . import ab, kinds
 
@@ -303,7 +303,7 @@ def _clocks(model: nn.Module, outcomes: Sequence[Outcome], device: str) -> Itera
 
 
 def _time_function(module: nn.Module, site: Site, clock: _Clock) -> Callable[[], Any]:
-    function = rebuild.found(type(module).forward, site.name)
+    function = rebuild.found(fused.opened(type(module).forward, [site.name]), site.name)
 
     def timed(*args: Any, **kwargs: Any) -> Any:
         clock.enter()

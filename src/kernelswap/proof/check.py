@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from ..types import Artifact, Implementation, Machine, Run, Site, Verdict
-from . import head, inputs, keys, memory, quick, trial
+from . import head, inputs, keys, memory, norms, quick, recipes, trial
 from .agree import Differs
 from .child import Contact, Contain
 from .inputs import Case, Subject
@@ -109,7 +109,8 @@ class Check:
         """On random tensors made by `site.row.probe`: do the two compute the same thing? Touches nothing of the user's."""
         if (why := candidate.cannot(run)) is not None:
             return Verdict(accepted=False, reason=why)
-        recipe = inputs.RECIPES.get(site.row.probe)
+        site, module, original, candidate = norms.seen(site, module, original, candidate)
+        recipe = recipes.RECIPES.get(site.row.probe)
         if recipe is None:
             return Verdict(accepted=False, reason=f"there is no way to test it: no recipe {site.row.probe!r} for its inputs")
         try:
@@ -205,7 +206,7 @@ class Check:
 
     def _under_trace(self, subject: Subject, run: Run, pairs: _Pairs, errors: trial.Errors) -> str:
         """What came of it, in words; `no: ...` where the kernel does not do under `torch.compile` what it does without."""
-        case = next((c for c in inputs.RECIPES[subject.site.row.probe](subject) if c.thorough), None)
+        case = next((c for c in recipes.RECIPES[subject.site.row.probe](subject) if c.thorough), None)
         if case is None:
             return ""
         try:
@@ -220,7 +221,7 @@ class Check:
         """Why the kernel took a child process down with it, or `None`. Asked once per kernel, layer and machine."""
         if not self.contact.wanted(candidate.origin):
             return None
-        cases = list(inputs.RECIPES[subject.site.row.probe](subject))
+        cases = list(recipes.RECIPES[subject.site.row.probe](subject))
         if not cases:
             return None
         parts = ("contact", keys.kernel(candidate), subject.site.row.probe, run.training, keys.place(subject.device))
@@ -246,6 +247,7 @@ class Check:
         anew: bool = False,
     ) -> tuple[Any, Verdict]:
         """On the real tensors. The output is the kernel's, part of the caller's autograd graph; the original's when refused."""
+        site, module, original, candidate, args = _of_call(site, module, original, candidate, args)
         real = Real(site, module if site.kind == "module" else None, original, candidate, args, kwargs)
         if getattr(self._busy, "now", False):  # a swapped module inside of one that is being checked
             return real.by_original(), Verdict(accepted=False, reason="was called by a check of another kernel")
@@ -292,6 +294,7 @@ class Check:
         """What `first_call` would go by without running anything; `None`: it would have to look."""
         if self.mode != "first-use" or getattr(self._busy, "now", False):
             return None
+        site, module, original, candidate, args = _of_call(site, module, original, candidate, args)
         real = Real(site, module if site.kind == "module" else None, original, candidate, args, kwargs)
         with self._lock:
             return self._known(_real_parts(site, module, original, candidate, run, real))
@@ -319,6 +322,13 @@ class Check:
             yield
         finally:
             self._busy.now = False
+
+
+def _of_call(
+    site: Site, module: nn.Module, original: Callable[..., Any], candidate: Implementation, args: tuple[Any, ...]
+) -> tuple[Site, nn.Module, Callable[..., Any], Implementation, tuple[Any, ...]]:
+    """`norms.seen`, and the arguments that are left."""
+    return *norms.seen(site, module, original, candidate, args), norms.rest(site, module, args)
 
 
 def _real_parts(

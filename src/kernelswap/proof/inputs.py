@@ -125,7 +125,7 @@ def width(module: nn.Module) -> int | None:
     return None
 
 
-def _tiny(module: nn.Module) -> float:
+def near_eps(module: nn.Module) -> float:
     """The magnitude at which eps decides."""
     for name in ("variance_epsilon", "eps", "epsilon", "layer_norm_epsilon"):
         eps = getattr(module, name, None)
@@ -136,7 +136,7 @@ def _tiny(module: nn.Module) -> float:
 
 def _kinds(subject: Subject, n: int, salt: int, large: float = 1e4) -> Tensor:
     """One row of each kind: (13, n)."""
-    tiny = _tiny(subject.module)
+    tiny = near_eps(subject.module)
     x = torch.randn(13, n, generator=subject.source(salt), **_PLAIN)
     x[1] *= tiny
     x[2] *= 0.1 * tiny
@@ -178,7 +178,7 @@ def rows(subject: Subject) -> Iterator[Case]:
     yield Case("rows of many kinds (tiny, large, zero, constant, outlier)", (_kinds(subject, n, 4),))
     yield Case(
         f"{PRIME} rows as small as eps",
-        (subject.normal(PRIME, n, salt=5, scale=_tiny(subject.module)),),
+        (subject.normal(PRIME, n, salt=5, scale=near_eps(subject.module)),),
         generic=True,
         centre=0.0,
     )
@@ -373,17 +373,6 @@ def required(function: Callable[..., Any]) -> list[str]:
     """Names of the positional parameters without a default."""
     kinds = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
     return [n for n, p in inspect.signature(function).parameters.items() if p.kind in kinds and p.default is p.empty]
-
-
-RECIPES: dict[str, Recipe] = {
-    "rows": rows,
-    "gated_rows": gated_rows,
-    "elementwise": elementwise,
-    "gated": gated,
-    "mlp": mlp,
-    "rotary": rotary,
-    "head": mlp,
-}
 
 
 def count(tensors: Sequence[Tensor]) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..types import Implementation, Site, Verdict
-from . import head, inputs, keys, memory, trial
+from . import head, inputs, keys, memory, recipes, trial
 from .agree import Differs
 from .calls import Want
 from .inputs import Case
@@ -29,10 +29,12 @@ OTHERS = 199, 263  # rows in the two size buckets that the shapes below leave ou
 DERIVED = 13  # rows of the non-contiguous shape made from a real call: prime, and beyond one vector register
 
 
-ROWWISE = frozenset({"rows", "gated_rows", "elementwise", "gated", "mlp", "head"})
+ROWWISE = frozenset({"rows", "residual_rows", "gated_rows", "elementwise", "gated", "mlp", "head"})
 """Probes whose outputs depend, row by row, on the same row of their inputs alone."""
 SUMMED = frozenset({"mlp", "head"})
 """Probes whose outputs are sums of many terms; see `Case.sums`."""
+ROTARY = frozenset({"rotary", "norm_rotary"})
+"""Probes of q, k, cos and sin, which have positions."""
 
 
 # -- verdicts in words ---------------------------------------------------------------------------------------------
@@ -172,7 +174,7 @@ class Real:
             rows = max(1, min(n, PART // max(1, self.size // n)))
             if (picked := self.taken(torch.linspace(0, n - 1, rows, dtype=torch.float64, device="cpu").long())) is not None:
                 yield self.case(f"{rows} of the {n} rows of this call", picked, counts=True)
-        if n < 1 or probe not in inputs.RECIPES:
+        if n < 1 or probe not in recipes.RECIPES:
             return
         few = [i * n // DERIVED for i in range(DERIVED)]
         for name, index in (("its first row alone", [0]), (f"{DERIVED} of its rows", few), ("none of its rows", [])):
@@ -329,7 +331,7 @@ def take(probe: str, leaves: Sequence[Any], index: Tensor, unsqueeze_dim: int = 
             t.reshape(-1, t.shape[-1])[index.to(t.device)] if isinstance(t, Tensor) and t.ndim > 1 and t.shape[:-1] == lead else t
             for t in leaves
         ]
-    if probe == "rotary" and len(floating) >= 4 and floating[0].ndim == 4 and unsqueeze_dim in (1, 2):
+    if probe in ROTARY and len(floating) >= 4 and floating[0].ndim == 4 and unsqueeze_dim in (1, 2):
         axes = [3 - unsqueeze_dim] * 2 + [floating[2].ndim - 2] * 2
         if len({t.shape[a] for t, a in zip(floating[:4], axes, strict=True)}) != 1:
             return None
@@ -345,5 +347,5 @@ def positions(probe: str, leaves: Sequence[Any], unsqueeze_dim: int = 1) -> int:
         return 0
     if probe in ROWWISE:
         return inputs.count(floating)
-    rotary = probe == "rotary" and floating[0].ndim == 4 and unsqueeze_dim in (1, 2)
+    rotary = probe in ROTARY and floating[0].ndim == 4 and unsqueeze_dim in (1, 2)
     return int(floating[0].shape[3 - unsqueeze_dim]) if rotary else 0

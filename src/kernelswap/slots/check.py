@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from ..types import Implementation, Run, Verdict
-from . import classes, forwards, rebuild
+from . import classes, forwards, fused, rebuild
 from .state import Part, Place, Slot
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class Conduct:
             for one in slot.function_parts
             if one.serving(training=module.training) is not None
         }
-        return (rebuild.rebuilt(original, names) if names else original)(module, *args, **kwargs)
+        return (rebuild.rebuilt(fused.opened(original, names), names) if names else original)(module, *args, **kwargs)
 
     def moved(self, slot: Slot, module: nn.Module, place: Place) -> None:
         """Verdicts hold for a dtype and a device: ask for them again. A kernel chosen for another type of device rests."""
@@ -72,12 +72,12 @@ class Conduct:
 
     def _stand_in(self, slot: Slot, part: Part, module: nn.Module) -> Function:
         """What one call of the module's forward finds instead of the function."""
-        original = rebuild.found(slot.base.forward, part.site.name)
+        original = rebuild.found(fused.opened(slot.base.forward, [part.site.name]), part.site.name)
         training = module.training
 
         def settled() -> Function:
             kernel = part.serving(training=training)
-            return original if kernel is None else forwards.guarded_function(forwards.Kernel.of(kernel), original)
+            return original if kernel is None else forwards.guarded_function(forwards.Kernel.of(kernel, part.norms), original)
 
         def function(*args: Any, **kwargs: Any) -> Any:
             return self._serve(slot, part, module, original, args, kwargs, settled)
@@ -159,6 +159,10 @@ class Conduct:
         *,
         gradients: bool,
     ) -> tuple[Any, Verdict]:
+        served = forwards.guarded_function(forwards.Kernel.of(kernel, part.norms), original)
+        if part.norms and not getattr(served, "serving", _always)(*args, **kwargs):
+            why = next(filter(None, map(fused.obstacle, args[: len(part.norms)])), "it is given tensors or norms of another kind")
+            return UNANSWERED, Verdict(accepted=False, reason=f"cannot take the place of the statements: {why}")
         run = Run(training=gradients, compiled=slot.compiled)  # what can be looked at, whatever the module's mode
         given = args[1:] if part.site.kind == "module" else args
         in_the_open = gradients or module.training or bool(modes())

@@ -26,12 +26,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 from . import forwards, state
 from .forwards import Form
-from .state import Slot
+from .state import MARK, Slot
 
 if TYPE_CHECKING:
     import torch.nn as nn
-
-MARK = "__kernelswap__"
 
 
 def ours(cls: type[Any]) -> type[Any] | None:
@@ -58,7 +56,7 @@ def form_for(slot: Slot, *, training: bool) -> Form:
     else:  # a swapped forward leaves its functions moot
         for p in slot.function_parts:
             if (kernel := p.serving(training=training)) is not None:
-                functions[p.site.name] = forwards.Kernel.of(kernel)
+                functions[p.site.name] = forwards.Kernel.of(kernel, p.norms)
                 kernels.append((p, kernel))
     standings = [(p, p.service(training=training)) for p, _ in kernels]
     checking = bool(kernels) and (bool(slot.every) or any(s.standing == "open" for _, s in standings))
@@ -105,7 +103,7 @@ def class_for_mode(slot: Slot, *, training: bool, unchecked: bool = False) -> ty
         slot.watched,
         *((p.swap.site.name, id(p.inference.choice.implementation), id(p.training.choice.implementation)) for p in slot.parts),
         *((p.training if training else p.inference).standing for p in slot.parts),
-        *(bool(p.away) for p in slot.parts),
+        *((bool(p.away), p.norms) for p in slot.parts),
         *(_trusted(slot, p, p.training if training else p.inference) for p in slot.parts if slot.compiled),
     )
     found = slot.classes.get(key)

@@ -11,7 +11,8 @@ import functools
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from . import rebuild, state
+from . import fused, rebuild, state
+from .state import Norms
 
 if TYPE_CHECKING:
     from ..types import Implementation
@@ -26,11 +27,13 @@ class Kernel(NamedTuple):
     forward: Forward
     backward: bool
     compiles: bool
+    norms: Norms = ()
+    """Where it takes the place of statements: the classes of the norms that it is given."""
 
     @staticmethod
-    def of(implementation: Implementation) -> Kernel:
+    def of(implementation: Implementation, norms: Norms = ()) -> Kernel:
         """The same kernel, hashed by identity of its function."""
-        return Kernel(implementation.forward, implementation.backward, implementation.compiles)
+        return Kernel(implementation.forward, implementation.backward, implementation.compiles, norms)
 
 
 class Form(NamedTuple):
@@ -55,8 +58,9 @@ def make(form: Form) -> Forward | None:
         served = guarded(form.kernel, original, counting=form.counting)
         return checking(original, served if form.traced else original) if form.checking else served
     if form.functions:
-        names = {name: guarded_function(kernel, rebuild.found(original, name)) for name, kernel in form.functions}
-        served = rebuild.rebuilt(original, names)
+        opened = fused.opened(original, (name for name, _ in form.functions))
+        names = {name: guarded_function(kernel, rebuild.found(opened, name)) for name, kernel in form.functions}
+        served = rebuild.rebuilt(opened, names)
         setattr(served, MARK, True)
         return checking(original, served if form.traced else original) if form.checking or form.counting else served
     return _counted(original, original, by_kernel=False) if form.counting else None
@@ -95,7 +99,9 @@ def guarded(kernel: Kernel, original: Forward, *, counting: bool = False) -> For
 
 
 def guarded_function(kernel: Kernel, original: Forward) -> Forward:
-    """The same for a function, which has no self."""
+    """The same for a function, which has no self; or for statements, whose meaning `original` is."""
+    if kernel.norms:
+        return fused.standing_back(guarded_function(kernel._replace(norms=()), original), original, kernel.norms)
     if kernel.backward and kernel.compiles:
         return kernel.forward
     cannot, served = _cannot(kernel), kernel.forward

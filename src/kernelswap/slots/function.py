@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from . import fused, rebuild
 from . import module as module_slot
-from . import rebuild
 
 if TYPE_CHECKING:
     import torch.nn as nn
@@ -23,10 +23,27 @@ def original(module: nn.Module, name: str) -> Callable[..., Any]:
     Raises:
         LookupError: it looks no such name up.
     """
-    return rebuild.found(module_slot.original(module).forward, name)
+    return rebuild.found(fused.opened(module_slot.original(module).forward, [name]), name)
 
 
 def obstacle(module: nn.Module, name: str, *, replacing: bool = False) -> str | None:
     """Why `name` cannot be swapped for this module alone, or `None`; `replacing` as in `module.obstacle`."""
     why = module_slot.obstacle(module, replacing=replacing)
-    return why if why is not None else rebuild.looks_up(module_slot.original(module).forward, name)
+    if why is not None:
+        return why
+    forward = module_slot.original(module).forward
+    norms = [getattr(module, norm) for norm in fused.norms(forward, name)]
+    return next(filter(None, map(fused.obstacle, norms)), None) or rebuild.looks_up(fused.opened(forward, [name]), name)
+
+
+def inside(module: nn.Module, name: str) -> tuple[str, ...]:
+    """The functions that the statements behind `name` call themselves, and that the forward looks up nowhere else."""
+    forward = module_slot.original(module).forward
+    opened = fused.opened(forward, [name])
+    called = rebuild.found(opened, name).__code__.co_names
+    return tuple(n for n in called if rebuild.looks_up(forward, n) is None and rebuild.looks_up(opened, n) is not None)
+
+
+def norms(module: nn.Module, name: str) -> dict[str, nn.Module]:
+    """The norms that the statements behind `name` call, in the order in which a kernel for them is given them."""
+    return {norm: getattr(module, norm) for norm in fused.norms(module_slot.original(module).forward, name)}

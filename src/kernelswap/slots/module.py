@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import PlanConflict, UndoConflict
 from ..types import Prover, Swap
-from . import classes, rebuild, state
+from . import classes, fused, rebuild, state
 from .check import Conduct
 from .classes import original
 from .obstacles import bypass, obstacle, watched
@@ -51,6 +51,7 @@ def install(
         raise PlanConflict(f"two swaps claim {path}", todo="Leave one of them out.")
     standing: Standing = "accepted" if every is None else "open"
     parts = tuple(Part(s, Service(s.inference, standing), Service(s.training, standing)) for s in swaps)
+    _fused(module, parts)
     shared = {} if shared is None else shared
     slot = Slot(type(module), parts, prover, CONDUCT, every=every, compiled=compiled, classes=shared)
     slot.watched = watched(module, [read for part in parts for read in part.reads]) if module._modules else slot.watched  # noqa: SLF001  # without children there is nothing to watch
@@ -61,6 +62,25 @@ def install(
     state.remember(module, slot)
     classes.assign(module, both[held.get("training", True)])
     return slot
+
+
+def _fused(module: nn.Module, parts: tuple[Part, ...]) -> None:
+    """Say of parts that are for statements which norms these call, and which other part's function.
+
+    Raises:
+        LookupError: the forward has no such statements.
+    """
+    forward = type(module).forward
+    for part in parts:
+        names = fused.norms(forward, part.site.name)
+        if not names:
+            continue
+        part.norms = tuple(original(getattr(module, name)) for name in names)
+        opened = fused.opened(forward, [part.site.name])
+        for other in parts:
+            name = other.site.name
+            if other.site.kind == "function" and not other.site.row.statements and rebuild.looks_up(opened, name) is not None:
+                other.inside = part
 
 
 def conflict(slot: Slot) -> str | None:

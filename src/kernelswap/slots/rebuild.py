@@ -46,34 +46,39 @@ def rebuilt(forward: Callable[..., Any], names: Mapping[str, Callable[..., Any]]
         LookupError: it does not look one of them up.
     """
     for name, function in names.items():
-        copied = _copy(forward, name, function, DEPTH)
-        if copied is None:
+        inner = _inner(forward, name)
+        if inner is None:
             raise LookupError(looks_up(forward, name))
-        forward = copied
+        other = like(inner, inner.__code__, scope(inner, {name: function}), inner.__closure__)
+        forward = cast(Callable[..., Any], replaced(forward, inner, other))
     return forward
 
 
-def _copy(function: Any, name: str, replacement: Callable[..., Any], depth: int) -> FunctionType | None:
-    """`function` with `name` replaced in it, or in what it wraps; `None` where it is not looked up."""
+def scope(function: FunctionType, names: Mapping[str, Any]) -> dict[str, Any]:
+    """The globals of `function` as of now, with `names` in them."""
+    found = {**function.__globals__, **names}
+    # torch.compile takes a function's globals for those of the module that `__name__` says, and would trace, and guard
+    # on, the function that was replaced. Without the name it looks into this very dict. Imports inside use __package__.
+    found.pop("__name__", None)
+    return found
+
+
+def replaced(function: Any, inner: FunctionType, other: FunctionType, depth: int = DEPTH) -> FunctionType | None:
+    """`function` with `other` where it has `inner`: itself, or what it wraps; `None` where it has not."""
+    if function is inner:
+        return other
     if not isinstance(function, FunctionType) or not depth:
         return None
-    if name in _globals_of(function.__code__):
-        scope = dict(function.__globals__)
-        scope[name] = replacement
-        # torch.compile takes a function's globals for those of the module that `__name__` says, and would trace, and guard
-        # on, the function that was replaced. Without the name it looks into this very dict. Imports inside use __package__.
-        scope.pop("__name__", None)
-        return _with(function, scope, function.__closure__)
     wrapped = vars(function).get("__wrapped__")
     for cell, content in _cells(function):
         if wrapped is not None and content is not wrapped and wrapped not in _contents(content):
             continue  # a helper of the decorator, not what it wraps
-        inner = _copy(content, name, replacement, depth - 1)
-        if inner is not None:
-            closure = tuple(CellType(inner) if c is cell else c for c in function.__closure__ or ())
-            copy = _with(function, function.__globals__, closure)
+        below = replaced(content, inner, other, depth - 1)
+        if below is not None:
+            closure = tuple(CellType(below) if c is cell else c for c in function.__closure__ or ())
+            copy = like(function, function.__code__, function.__globals__, closure)
             if wrapped is not None:
-                copy.__wrapped__ = inner if content is wrapped else wrapped  # type: ignore[attr-defined]  # functools.wraps sets it
+                copy.__wrapped__ = below if content is wrapped else wrapped  # type: ignore[attr-defined]  # functools.wraps sets it
             return copy
     return None
 
@@ -93,8 +98,9 @@ def _inner(function: Any, name: str, depth: int = DEPTH) -> FunctionType | None:
     return None
 
 
-def _with(function: FunctionType, scope: dict[str, Any], closure: tuple[CellType, ...] | None) -> FunctionType:
-    copy = FunctionType(function.__code__, scope, function.__name__, function.__defaults__, closure)
+def like(function: FunctionType, code: CodeType, scope: dict[str, Any], closure: tuple[CellType, ...] | None) -> FunctionType:
+    """A function with the names, defaults and attributes of `function`, and other code, globals or cells."""
+    copy = FunctionType(code, scope, function.__name__, function.__defaults__, closure)
     copy.__kwdefaults__ = function.__kwdefaults__
     copy.__qualname__, copy.__module__, copy.__doc__ = function.__qualname__, function.__module__, function.__doc__
     if hasattr(function, "__annotate__"):  # 3.14: annotations are not evaluated before someone asks

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     import torch.nn as nn
 
 Standing = Literal["open", "accepted", "refused"]
+MARK = "__kernelswap__"
+"""An attribute of every class of ours, and of no other."""
+Norms = tuple[type[Any], ...]
+"""Classes of the norms that statements call, in the order in which a kernel for these is given them."""
 Place = tuple[str, str]
 """Device and dtype, as text: `cuda:0`, `torch.bfloat16`."""
 
@@ -88,6 +92,10 @@ class Part:
     by_kernel: int = 0
     by_original: int = 0
     """Both only while counting."""
+    norms: Norms = ()
+    """Where it is for statements of the forward: the classes of the norms that they call."""
+    inside: Part | None = None
+    """The part whose statements make the call that this one is for: while that serves, this does not."""
 
     @property
     def site(self) -> Site:
@@ -110,6 +118,8 @@ class Part:
         kernel = service.choice.implementation
         if self.away or kernel is None or service.standing == "refused" or (training and not kernel.backward):
             return None  # planned or not: without a backward nothing is ever live in training
+        if self.inside is not None and self.inside.serving(training=training) is not None:
+            return None
         return kernel
 
     def due(self, every: int | None, *, training: bool, gradients: bool) -> bool:
@@ -130,11 +140,20 @@ class Part:
         """The outcome as it stands after the calls so far."""
         if self.away:
             return Kept(self.site, next(iter(self.away.values())))
-        inference, training = self.inference.now(), self.training.now()
+        inference, training = self._now(training=False), self._now(training=True)
         if inference.implementation is None and training.implementation is None:
-            reason = self.inference.reason or self.training.reason
+            reason = self.inference.reason or self.training.reason or self._why_inside()
             return Kept(self.site, reason, (*dict.fromkeys((*inference.passed, *training.passed)),))
         return Swap(self.site, inference, training)
+
+    def _now(self, *, training: bool) -> Choice:
+        now = self.service(training=training).now()
+        if now.implementation is not None and self.inside is not None and self.inside.serving(training=training) is not None:
+            return Choice(None, ((self.inside.site.layer, self._why_inside()),))
+        return now
+
+    def _why_inside(self) -> str:
+        return f"inside {self.inside.site.layer}, which is swapped" if self.inside is not None else ""
 
 
 class Slot:
@@ -192,8 +211,11 @@ class Slot:
     def twin(self) -> Slot:
         """The same knowledge for a copy of the module, from here on on its own."""
         parts = tuple(
-            Part(p.swap, dataclasses.replace(p.inference), dataclasses.replace(p.training), dict(p.away)) for p in self.parts
+            Part(p.swap, dataclasses.replace(p.inference), dataclasses.replace(p.training), dict(p.away), norms=p.norms)
+            for p in self.parts
         )
+        for mine, theirs in zip(parts, self.parts, strict=True):
+            mine.inside = parts[self.parts.index(theirs.inside)] if theirs.inside is not None else None
         twin = Slot(self.base, parts, self.prover, self.conduct, every=self.every, compiled=self.compiled, classes=self.classes)
         twin.place, twin.watched = self.place, self.watched
         return twin

@@ -6,8 +6,8 @@ import torch.nn as nn
 from torch import Tensor
 
 from .glu import act_mul
-from .rms_norm import rms_norm
-from .rope import rope
+from .rms_norm import add_rms_norm, rms_norm
+from .rope import norm_rope, rope
 
 
 class RMSNorm(nn.Module):
@@ -69,3 +69,51 @@ def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsquee
 
 apply_rotary_pos_emb.can_torch_compile = True  # type: ignore[attr-defined]  # the layer contract's marks, on a function
 apply_rotary_pos_emb.has_backward = True  # type: ignore[attr-defined]
+
+
+# -- in the place of statements: given the norms that these call, whose weights and eps they read ---------------------------
+
+
+def residual_norm(norm: nn.Module, residual: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """`s = residual + hidden`, (..., N) both; returns Llama's RMSNorm of s, and s. `norm` as `RMSNorm` reads it."""
+    s, y = add_rms_norm(residual, hidden, norm._parameters["weight"], _eps(norm))
+    return y, s
+
+
+def residual_norm_zero_centered(norm: nn.Module, residual: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """The same with Gemma's RMSNorm."""
+    s, y = add_rms_norm(residual, hidden, norm._parameters["weight"], _eps(norm), 1)
+    return y, s
+
+
+def norm_rotary(
+    q_norm: nn.Module, k_norm: nn.Module, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Llama's RMSNorm of every head of q (B, HQ, S, D) and k (B, HK, S, D), then rotated by cos and sin (B or 1, S, D)."""
+    return _norm_rotary(q_norm, k_norm, q, k, cos, sin, 0)
+
+
+def norm_rotary_zero_centered(
+    q_norm: nn.Module, k_norm: nn.Module, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same with Gemma's RMSNorm."""
+    return _norm_rotary(q_norm, k_norm, q, k, cos, sin, 1)
+
+
+def _norm_rotary(
+    q_norm: nn.Module, k_norm: nn.Module, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, offset: int
+) -> tuple[Tensor, Tensor]:
+    v, w, eps, other = q_norm._parameters["weight"], k_norm._parameters["weight"], _eps(q_norm), _eps(k_norm)
+    if eps != other:
+        return rope(rms_norm(q, v, eps, offset), rms_norm(k, w, other, offset), cos, sin)
+    return norm_rope(q, k, v, w, cos, sin, eps, 1, offset)
+
+
+def _eps(norm: nn.Module) -> float:
+    held = norm.__dict__  # an attribute that a module lacks costs it a microsecond
+    return held["variance_epsilon"] if "variance_epsilon" in held else held["eps"]  # type: ignore[no-any-return]  # a float
+
+
+for _function in (residual_norm, residual_norm_zero_centered, norm_rotary, norm_rotary_zero_centered):
+    _function.can_torch_compile = True  # type: ignore[attr-defined]  # as above
+    _function.has_backward = True  # type: ignore[attr-defined]

@@ -67,8 +67,12 @@ def _rotate(
         w2 = tl.load(W + D // 2 + i, mask=m, other=0.0).to(tl.float32)
         rstd = 1.0 / tl.sqrt_rn(tl.sum(x1 * x1 + x2 * x2, axis=1) / D + eps)
         dt = X.dtype.element_ty
-        x1 = ((x1 * rstd[:, None]).to(dt).to(tl.float32) * w1[None, :]).to(dt).to(tl.float32)
-        x2 = ((x2 * rstd[:, None]).to(dt).to(tl.float32) * w2[None, :]).to(dt).to(tl.float32)
+        if NORM == 2:  # Gemma's: 1 + w, rounded once
+            x1 = (x1 * rstd[:, None] * (1.0 + w1)[None, :]).to(dt).to(tl.float32)
+            x2 = (x2 * rstd[:, None] * (1.0 + w2)[None, :]).to(dt).to(tl.float32)
+        else:
+            x1 = ((x1 * rstd[:, None]).to(dt).to(tl.float32) * w1[None, :]).to(dt).to(tl.float32)
+            x2 = ((x2 * rstd[:, None]).to(dt).to(tl.float32) * w2[None, :]).to(dt).to(tl.float32)
     if INVERSE:
         y1 = x1 * c1[None, :] + x2 * s2[None, :]
         y2 = x2 * c2[None, :] - x1 * s1[None, :]
@@ -144,41 +148,55 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1)
 
 
 def norm_rope(
-    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float, unsqueeze_dim: int = 1
-) -> tuple[Tensor, Tensor]:
-    """RMSNorm of every head of q and k (weights (D,)), then `rope`: Qwen3's attention between projection and scores."""
-    if torch.compiler.is_compiling() or not takes(q, k, cos, sin, unsqueeze_dim) or q_weight.dtype is not q.dtype:
-        return formula(_norm_formula(q, q_weight, eps), _norm_formula(k, k_weight, eps), cos, sin, unsqueeze_dim)
+    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float,
+    unsqueeze_dim: int = 1, offset: int = 0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """RMSNorm of every head of q and k (weights (D,)), then `rope`: Qwen3's attention between projection and scores.
+
+    `offset` 1: the norm scales by 1 + weight, as Gemma 3's.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or not takes(q, k, cos, sin, unsqueeze_dim)
+        or q_weight.dtype is not q.dtype
+        or k_weight.dtype is not q.dtype
+        or q_weight.shape != q.shape[3:]
+        or k_weight.shape != q.shape[3:]
+        or q_weight.stride(0) != 1
+        or k_weight.stride(0) != 1
+    ):
+        return formula(_norm_formula(q, q_weight, eps, offset), _norm_formula(k, k_weight, eps, offset), cos, sin, unsqueeze_dim)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or q_weight.requires_grad or k_weight.requires_grad):
-        return _NormRope.apply(q, k, q_weight, k_weight, cos, sin, eps, unsqueeze_dim)  # type: ignore[no-any-return]  # untyped
-    return _run(q, k, cos, sin, unsqueeze_dim, q_weight, k_weight, eps, 0)
+        return _NormRope.apply(q, k, q_weight, k_weight, cos, sin, eps, unsqueeze_dim, offset)  # type: ignore[no-any-return]  # untyped
+    return _run(q, k, cos, sin, unsqueeze_dim, q_weight, k_weight, eps, 0, 1 + offset)
 
 
 def _run(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int,
-    q_weight: Tensor | None, k_weight: Tensor | None, eps: float, inverse: int,
+    q_weight: Tensor | None, k_weight: Tensor | None, eps: float, inverse: int, norm: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`norm`: 0 none, 1 Llama's, 2 Gemma's."""
     key = (
         q.dtype, q.shape, q.stride(), k.shape, k.stride(), cos.shape, cos.stride(), sin.stride(),
-        unsqueeze_dim, inverse, q_weight is None, q.get_device(),
+        unsqueeze_dim, inverse, norm, q.get_device(),
     )  # fmt: skip
     launch = _shapes.get(key)
     if launch is None:
         if len(_shapes) >= MAX_SHAPES:
             _shapes.clear()
-        launch = _shapes[key] = _prepare(q, k, cos, sin, unsqueeze_dim, q_weight, inverse)
+        launch = _shapes[key] = _prepare(q, k, cos, sin, unsqueeze_dim, q_weight, inverse, norm)
     return launch(q, k, cos, sin, q_weight, k_weight, eps)
 
 
 def _prepare(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int, weight: Tensor | None, inverse: int
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int, weight: Tensor | None, inverse: int, norm: int
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     """A launch with everything that shapes and strides decide filled in."""
     if q.stride(3) != 1 or k.stride(3) != 1 or cos.stride(2) != 1 or sin.stride() != cos.stride():
 
         def copied(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, qw: Any, kw: Any, eps: float) -> tuple[Tensor, Tensor]:
             return _run(
-                q.contiguous(), k.contiguous(), cos.contiguous(), sin.contiguous(), unsqueeze_dim, qw, kw, eps, inverse
+                q.contiguous(), k.contiguous(), cos.contiguous(), sin.contiguous(), unsqueeze_dim, qw, kw, eps, inverse, norm
             )
 
         return copied
@@ -197,7 +215,6 @@ def _prepare(
     # heads per program, measured: the norm's reductions want more of them in flight
     group = min(16 if weight is None else 32, triton.next_power_of_2(max(heads, kv_heads)))
     blocks = batch * seq * (-(-heads // group) - (-kv_heads // group))
-    norm = int(weight is not None)
 
     def compiled(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, low: int) -> Any:
         key = (dtype, heads, kv_heads, dim, device, inverse, norm, odd, large, low)
@@ -261,28 +278,29 @@ class _RopeBack(torch.autograd.Function):
 class _NormRope(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float, dim: int
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any, q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float, dim: int,
+        offset: int,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         ctx.save_for_backward(q, k, q_weight, k_weight, cos, sin)
-        ctx.eps, ctx.dim = eps, dim
-        return _run(q, k, cos, sin, dim, q_weight, k_weight, eps, 0)
+        ctx.eps, ctx.dim, ctx.offset = eps, dim, offset
+        return _run(q, k, cos, sin, dim, q_weight, k_weight, eps, 0, 1 + offset)
 
     @staticmethod
     def backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Any, ...]:  # type: ignore[override]  # torch types *Any
         q, k, q_weight, k_weight, cos, sin = ctx.saved_tensors
         if recorded():
-            eps, dim = ctx.eps, ctx.dim
+            eps, dim, offset = ctx.eps, ctx.dim, ctx.offset
 
             def both(q: Tensor, k: Tensor, v: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-                return formula(_norm_formula(q, v, eps), _norm_formula(k, w, eps), cos, sin, dim)
+                return formula(_norm_formula(q, v, eps, offset), _norm_formula(k, w, eps, offset), cos, sin, dim)
 
-            return *differentiable(both, (q, k, q_weight, k_weight), dq, dk), None, None, None, None
+            return *differentiable(both, (q, k, q_weight, k_weight), dq, dk), None, None, None, None, None
         dq, dk = _run(dq, dk, cos, sin, ctx.dim, None, None, 0.0, 1)
         # (B, H, S, D) as the model lays it out is (B, S, H, D) in memory: rows of D either way, in that order
         order = (0, 2, 1, 3) if ctx.dim == 1 else (0, 1, 2, 3)
         out = []
         for x, w, d in ((q, q_weight, dq), (k, k_weight, dk)):
             rows = x.permute(order).contiguous()
-            dx, dw = _norm_backward(d.permute(order).contiguous(), rows, w, ctx.eps, 0, None)
+            dx, dw = _norm_backward(d.permute(order).contiguous(), rows, w, ctx.eps, ctx.offset, None)
             out.append((dx.permute(order), dw))
-        return out[0][0], out[1][0], out[0][1], out[1][1], None, None, None, None
+        return out[0][0], out[1][0], out[0][1], out[1][1], None, None, None, None, None

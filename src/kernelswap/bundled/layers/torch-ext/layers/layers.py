@@ -12,6 +12,7 @@ from .functional import (
     MIN_SILU,
     act,
     act_mul,
+    add_rms_norm,
     layer_norm,
     rms_norm,
     rotary,
@@ -211,3 +212,53 @@ class QuickGELU(nn.Module):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # the name of the original's parameter
         """`input` (...) -> (...)."""
         return act(input, "gelu_quick")
+
+
+# -- in the place of statements: given the norms that these call, whose weights and eps they read -------------------
+
+
+def residual_norm(norm: nn.Module, residual: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """`s = residual + hidden`, both (..., N); returns Llama's RMSNorm of s, and s. `norm` is as `RMSNorm` reads it."""
+    s, y = add_rms_norm(residual, hidden, norm.weight, _eps(norm))
+    return y, s
+
+
+def residual_norm_zero_centered(norm: nn.Module, residual: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """The same with Gemma's RMSNorm."""
+    s, y = add_rms_norm(residual, hidden, norm.weight, _eps(norm), centered=True)
+    return y, s
+
+
+def norm_rotary(q_norm: nn.Module, k_norm: nn.Module, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Llama's RMSNorm of every head of q (B, HQ, T, D) and k (B, HK, T, D), then rotated by cos and sin (B or 1, T, R)."""
+    return _norm_rotary(q_norm, k_norm, q, k, cos, sin, centered=False)
+
+
+def norm_rotary_zero_centered(
+    q_norm: nn.Module, k_norm: nn.Module, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same with Gemma's RMSNorm."""
+    return _norm_rotary(q_norm, k_norm, q, k, cos, sin, centered=True)
+
+
+def _norm_rotary(
+    q_norm: nn.Module, k_norm: nn.Module, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, centered: bool
+) -> tuple[Tensor, Tensor]:
+    q, k = (_heads(x, norm, centered=centered) for x, norm in ((q, q_norm), (k, k_norm)))
+    return rotary(q, k, cos, sin)
+
+
+def _heads(x: Tensor, norm: nn.Module, *, centered: bool) -> Tensor:
+    """RMSNorm of x (B, H, T, D) in the order of its memory: as projections leave it, heads lie inside of tokens."""
+    inside = x.stride(1) < x.stride(2)
+    y = rms_norm(x.transpose(1, 2) if inside else x, norm.weight, _eps(norm), centered=centered)
+    return y.transpose(1, 2) if inside else y
+
+
+def _eps(norm: nn.Module) -> float:
+    return norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
+
+
+for _function in (residual_norm, residual_norm_zero_centered, norm_rotary, norm_rotary_zero_centered):
+    _function.has_backward = True
+    _function.can_torch_compile = True

@@ -1,0 +1,63 @@
+"""Statements that call norms, as a module that holds these norms: then their parameters are looked at like any module's."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from ..slots import function
+from ..types import Implementation, Site
+
+
+class Norms(nn.Module):
+    """The norms of some statements, under the names that they have in their module."""
+
+    def __init__(self, norms: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        for name, norm in norms.items():
+            self.add_module(name, norm)
+
+
+Seen = tuple[Site, nn.Module, Callable[..., Any], Implementation]
+
+
+def seen(
+    site: Site, module: nn.Module, original: Callable[..., Any], candidate: Implementation, given: tuple[Any, ...] | None = None
+) -> Seen:
+    """What a check looks at: everything as it is, but for statements, whose norms become the module of their site.
+
+    `given`: the arguments of a call, which begin with the norms that it is about; else those of `module` are.
+    """
+    if not site.row.statements:
+        return site, module, original, candidate
+    norms = function.norms(module, site.name)
+    if given is not None:
+        norms = dict(zip(norms, given, strict=False))
+    forward = _on_module(candidate.forward, len(norms))
+    return (
+        dataclasses.replace(site, kind="module"),
+        Norms(norms),
+        _on_module(original, len(norms)),
+        dataclasses.replace(candidate, kind="module", forward=forward),
+    )
+
+
+def rest(site: Site, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments without the norms that they begin with."""
+    return args[len(function.norms(module, site.name)) :] if site.row.statements else args
+
+
+def _on_module(function: Callable[..., Any], norms: int) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def on_module(module: nn.Module, *args: Any) -> Any:
+        return function(*module.children(), *args)
+
+    parameters = list(inspect.signature(function).parameters.values())[norms:]
+    this = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    on_module.__signature__ = inspect.Signature([this, *parameters])  # type: ignore[attr-defined]  # what `signature` looks at first
+    return on_module

@@ -1,0 +1,195 @@
+"""Passages of a module's forward as function sites: where they are, the forward that calls them, and who may answer the call.
+
+A kernel for a passage is given the norms as modules and reads their weights. It answers only where calling the norms would
+do nothing else: each is of the very class that was proved, or of ours over it, with no hook and no forward of its own, and
+its weight is an ordinary parameter where the tensors are and of their dtype. In any other call, and under tracing, the
+statements are run as they stand, norms as modules.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable, Iterable
+from types import CodeType, FunctionType
+from typing import TYPE_CHECKING, Any, cast
+
+from . import passages, rebuild, source
+from .passages import PREFIX, Passage
+from .state import MARK, Norms
+
+if TYPE_CHECKING:
+    import torch.nn as nn
+
+Function = Callable[..., Any]
+
+# -- in a forward ---------------------------------------------------------------------------------------------------
+
+_FOUND: weakref.WeakKeyDictionary[FunctionType, dict[str, tuple[Passage, ...] | str]] = weakref.WeakKeyDictionary()
+_CODE: weakref.WeakKeyDictionary[FunctionType, dict[frozenset[str], CodeType]] = weakref.WeakKeyDictionary()
+
+
+def find(forward: Function, pattern: str) -> tuple[Passage, ...] | str:
+    """The passages of a forward, decorators looked through; or why there can be none."""
+    inner = _inner(forward)
+    if inner is None:
+        return "its forward is not a plain Python function"
+    known = _FOUND.setdefault(inner, {})
+    if pattern not in known:
+        try:
+            known[pattern] = passages.find(inner, pattern)
+        except source.Unreadable as e:
+            known[pattern] = f"its forward {e}"
+    return known[pattern]
+
+
+def opened(forward: Function, names: Iterable[str]) -> Function:
+    """`forward` with the passages of these names as calls of their own meaning. Names that it looks up already, or that are of
+    no passage, are not looked at.
+
+    Raises:
+        LookupError: it has no such passage.
+    """
+    wanted = frozenset(name for name in names if name.startswith(PREFIX) and rebuild.looks_up(forward, name) is not None)
+    inner = _inner(forward)
+    if not wanted or inner is None:
+        return forward
+    chosen = {
+        p.name: p for pattern in passages.PATTERNS for p in _several(find(forward, pattern)) if p.name in wanted and not p.why
+    }
+    if len(chosen) < len(wanted):
+        raise LookupError(f"its forward has no {', '.join(sorted(wanted - set(chosen)))}")
+    codes = _CODE.setdefault(inner, {})
+    if wanted not in codes:
+        codes[wanted] = passages.rewritten(inner, chosen.values())
+    names_ = {name: passage.plain for name, passage in chosen.items()}
+    other = source.made(inner, codes[wanted], rebuild.scope(inner, names_))
+    return cast(Function, rebuild.replaced(forward, inner, other))
+
+
+def norms(forward: Function, name: str) -> tuple[str, ...]:
+    """The attributes that the call of a passage is given first; none where `name` is no passage of `forward`."""
+    if not name.startswith(PREFIX):
+        return ()
+    found = (p for pattern in passages.PATTERNS for p in _several(find(forward, pattern)) if p.name == name)
+    return next((p.norms for p in found), ())
+
+
+def is_or_ours(kind: type[Any], cls: type[Any]) -> bool:
+    """Whether `kind` is `cls`, or the class of a swapped `cls`; what somebody else made of it is not."""
+    return kind is cls or (kind.__bases__ == (cls,) and MARK in vars(kind))
+
+
+def _several(found: tuple[Passage, ...] | str) -> tuple[Passage, ...]:
+    return () if isinstance(found, str) else found
+
+
+def _inner(forward: Function) -> FunctionType | None:
+    inner = inspect.unwrap(forward)
+    return inner if isinstance(inner, FunctionType) and rebuild.replaced(forward, inner, inner) is not None else None
+
+
+def obstacle(norm: nn.Module) -> str | None:
+    """Why a kernel would not answer for this norm as it is now, or `None`."""
+    held = vars(norm)
+    if "forward" in held:
+        return "a norm that it calls has a forward of its own"
+    if any(held[name] for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")):
+        return "a norm that it calls has hooks"
+    return None
+
+
+# -- in a call ------------------------------------------------------------------------------------------------------
+
+
+def standing_back(kernel: Function, plain: Function, classes: Norms) -> Function:
+    """What the forward calls: the kernel where it may answer, else `plain`. Its `serving` says which, of the same arguments."""
+    return _of_one(kernel, plain, classes[0]) if len(classes) == 1 else _of_two(kernel, plain, *classes)
+
+
+def _of_one(kernel: Function, plain: Function, cls: type[Any]) -> Function:
+    tensor, elsewhere, idle = *_asked(), _idle(cls)
+
+    def serving(norm: nn.Module, residual: Any, hidden: Any) -> bool:
+        return (
+            not elsewhere()
+            and type(hidden) is tensor
+            and type(residual) is tensor
+            and residual.dtype is hidden.dtype
+            and residual.shape == hidden.shape
+            and idle(norm, hidden)
+        )
+
+    def residual_norm(norm: nn.Module, residual: Any, hidden: Any) -> Any:
+        if serving(norm, residual, hidden):
+            return kernel(norm, residual, hidden)
+        return plain(norm, residual, hidden)
+
+    residual_norm.serving = serving  # type: ignore[attr-defined]  # as on kernels that serve some sizes only
+    return residual_norm
+
+
+def _of_two(kernel: Function, plain: Function, q_cls: type[Any], k_cls: type[Any]) -> Function:
+    tensor, elsewhere, idle_q, idle_k = *_asked(), _idle(q_cls), _idle(k_cls)
+
+    def serving(q_norm: nn.Module, k_norm: nn.Module, q: Any, k: Any, cos: Any, sin: Any) -> bool:
+        return (
+            not elsewhere()
+            and type(q) is type(k) is type(cos) is type(sin) is tensor
+            and q.dtype is k.dtype is cos.dtype is sin.dtype
+            and idle_q(q_norm, q)
+            and idle_k(k_norm, k)
+        )
+
+    def norm_rotary(q_norm: nn.Module, k_norm: nn.Module, q: Any, k: Any, cos: Any, sin: Any) -> Any:
+        if serving(q_norm, k_norm, q, k, cos, sin):
+            return kernel(q_norm, k_norm, q, k, cos, sin)
+        return plain(q_norm, k_norm, q, k, cos, sin)
+
+    norm_rotary.serving = serving  # type: ignore[attr-defined]  # same
+    return norm_rotary
+
+
+def _asked() -> tuple[type[Any], Callable[[], bool]]:
+    """The class of ordinary tensors; and whether this is no place for a kernel: traced, under torch.func, every module hooked."""
+    import torch
+    from torch.nn.modules import module as hooks
+
+    compiling, tracing = torch.compiler.is_compiling, torch._C._get_tracing_state  # noqa: SLF001  # what torch.jit.is_tracing asks
+    transformed = torch._C._functorch.peek_interpreter_stack  # noqa: SLF001  # inside grad, vmap, jvp, ...; no public way to ask
+    before, after = hooks._global_forward_pre_hooks, hooks._global_forward_hooks  # noqa: SLF001  # as Module.__call__ asks
+    above, below = hooks._global_backward_hooks, hooks._global_backward_pre_hooks  # noqa: SLF001  # same
+
+    def elsewhere() -> bool:
+        return bool(compiling() or before or after or above or below or transformed() is not None or tracing() is not None)
+
+    return torch.Tensor, elsewhere
+
+
+def _idle(cls: type[Any]) -> Callable[[nn.Module, Any], bool]:
+    """Whether a call of a norm would be that of its class and nothing else, on a weight that is as the tensor given is."""
+    import torch
+
+    parameter, known = torch.nn.Parameter, {cls}
+
+    def idle(norm: nn.Module, x: Any) -> bool:
+        held = norm.__dict__
+        if type(norm) not in known:
+            if not is_or_ours(type(norm), cls):
+                return False
+            known.add(type(norm))
+        if (
+            "forward" in held
+            or held["_forward_hooks"]
+            or held["_forward_pre_hooks"]
+            or held["_backward_hooks"]
+            or held["_backward_pre_hooks"]
+        ):
+            return False
+        weight = held["_parameters"].get("weight")
+        return type(weight) is parameter and weight.dtype is x.dtype and weight.device == x.device
+
+    return idle
+
+
+__all__ = ["PREFIX", "Passage", "find", "is_or_ours", "norms", "obstacle", "opened", "standing_back"]

@@ -1,0 +1,368 @@
+"""Residual sums with their norms, and norms of q and k with their rotary embedding, fused in whole models: on the CPU, where the
+default table leaves them alone, with the rows for GPUs made rows for everything.
+"""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from tests.cli.conftest import compiled_cache
+from tests.contract.slot import same, state_of
+from tests.fusion import FUSED, IDS, anywhere, fused, make, served, step
+from torch import nn
+
+import kernelswap as ks
+from kernelswap.slots import classes, state
+from kernelswap.types import Kept
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch_dtype:FutureWarning")
+
+
+@pytest.fixture(scope="module")
+def swapper(layers_build, tmp_path_factory):
+    cache = compiled_cache(tmp_path_factory.mktemp("cache"), layers_build)
+    return ks.Swapper(cache=cache, offline=True, table=anywhere())
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, atol=2e-5, rtol=2e-4)
+
+
+def logits(model, **more):
+    with torch.no_grad():
+        return model(IDS, **more).logits
+
+
+def counted(applied, run):
+    """What `run` gives, and how many fused sites a kernel and the original served in it."""
+    with applied.counting():
+        result = run()
+    parts = [p for slot, _ in applied._slots() for p in slot.parts if p.norms]
+    return result, sum(p.by_kernel for p in parts), sum(p.by_original for p in parts)
+
+
+@pytest.mark.parametrize("kind", FUSED)
+def test_a_model_in_inference(swapper, kind):
+    model = make(kind)
+    plain, before = logits(model), state_of(model)
+    applied = swapper.swap(model)
+    assert fused(applied) == FUSED[kind]
+    for _ in range(2):
+        close(logits(model), plain)
+    assert applied.refusals == ()
+    out, by_kernel, by_original = counted(applied, lambda: logits(model))
+    close(out, plain)
+    assert (by_kernel, by_original) == (sum(FUSED[kind].values()), 0)
+    applied.undo()
+    assert torch.equal(logits(model), plain)
+    assert same(before, state_of(model))
+
+
+@pytest.mark.parametrize("checkpointing", [None, True, False])
+@pytest.mark.parametrize("kind", ["qwen3", "gemma3_text"])
+def test_a_training_step_and_all_its_gradients(swapper, kind, checkpointing):
+    model = make(kind).train()
+    if checkpointing is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+    plain = step(model)
+    applied = swapper.swap(model)
+    for _ in range(2):
+        close(step(model), plain)
+    assert applied.refusals == ()
+    found, by_kernel, by_original = counted(applied, lambda: step(model))
+    close(found, plain)
+    assert by_kernel >= sum(FUSED[kind].values())
+    assert by_original == 0
+    model.eval()
+    close(logits(model), logits(make(kind)))
+
+
+def test_generation_with_a_cache(swapper):
+    model = make("qwen3")
+    plain = model.generate(IDS, max_new_tokens=8, do_sample=False)
+    swapper.swap(model)
+    assert torch.equal(model.generate(IDS, max_new_tokens=8, do_sample=False), plain)
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "gemma3_text"])
+def test_recorders_see_what_they_saw(swapper, kind):
+    model = make(kind, attn_implementation="eager")
+    more = {"output_hidden_states": True, "output_attentions": True}
+    with torch.no_grad():
+        plain = model(IDS, **more)
+        applied = swapper.swap(model)
+        for _ in range(2):
+            found = model(IDS, **more)
+            close(found.hidden_states, plain.hidden_states)
+            close(found.attentions, plain.attentions)
+    assert applied.refusals == ()
+
+
+def test_hooks_on_layers_and_attention_see_what_they_saw_and_hooks_on_norms_are_called(swapper):
+    model, seen = make("qwen3"), []
+    layer = model.model.layers[0]
+    plain = logits(model)
+    applied = swapper.swap(model)
+    close(logits(model), plain)
+
+    def hook(module, args, out):
+        seen.append((type(module).__name__, (out[0] if isinstance(out, tuple) else out).clone()))
+
+    def run(model):
+        layer = model.model.layers[0]
+        hooked = (layer, layer.self_attn, layer.post_attention_layernorm, layer.self_attn.q_norm)
+        handles = [m.register_forward_hook(hook) for m in hooked]
+        seen.clear()
+        out = logits(model)
+        for handle in handles:
+            handle.remove()
+        return out, list(seen)
+
+    (out, ours), by_kernel, by_original = counted(applied, lambda: run(model))
+    close(out, plain)
+    _, theirs = run(make("qwen3"))
+    assert [name for name, _ in ours] == [name for name, _ in theirs]
+    close([t for _, t in ours], [t for _, t in theirs])
+    assert (by_kernel, by_original) == (2, 2)  # those of the other layer; those of the one with hooks
+    assert counted(applied, lambda: logits(model))[1:] == (4, 0)
+    assert not layer._forward_hooks
+
+
+def test_hooks_that_were_there_before_keep_the_statements_and_say_so(swapper):
+    model = make("qwen3")
+    model.model.layers[0].post_attention_layernorm.register_forward_hook(lambda *_: None)
+    applied = swapper.swap(model)
+    kept = [o for o in applied.outcomes if isinstance(o, Kept) and o.site.layer == "residual_norm"]
+    assert [(o.site.path, o.reason) for o in kept] == [
+        ("model.layers.0", "kernelswap/layers:residual_norm: a norm that it calls has hooks")
+    ]
+
+
+def test_a_hook_that_changes_a_norm_changes_the_model(swapper):
+    model, plain = make("qwen3"), make("qwen3")
+    swapper.swap(model)
+    logits(model)
+    for one in (model, plain):
+        one.model.layers[1].post_attention_layernorm.register_forward_hook(lambda module, args, out: out * 2)
+    close(logits(model), logits(plain))
+
+
+class Doubled(nn.Module):
+    def __init__(self, norm):
+        super().__init__()
+        self.norm, self.weight = norm, norm.weight
+
+    def forward(self, x):
+        return self.norm(x) * 2
+
+
+def test_a_norm_that_is_replaced_later_is_called(swapper):
+    model, plain = make("qwen3"), make("qwen3")
+    swapper.swap(model)
+    logits(model)
+    for one in (model, plain):
+        one.model.layers[0].post_attention_layernorm = Doubled(one.model.layers[0].post_attention_layernorm)
+        one.model.layers[1].self_attn.k_norm = Doubled(one.model.layers[1].self_attn.k_norm)
+    close(logits(model), logits(plain))
+
+
+def test_a_forward_that_is_set_on_a_norm_is_called(swapper):
+    model, plain = make("llama"), make("llama")
+    swapper.swap(model)
+    logits(model)
+    for one in (model, plain):
+        norm = one.model.layers[0].post_attention_layernorm
+        norm.forward = lambda x: x * 0.5
+    close(logits(model), logits(plain))
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_lora_on_projections_and_on_norms(swapper, when):
+    from peft import LoraConfig, get_peft_model
+
+    def adapted(model):
+        torch.manual_seed(2)
+        config = LoraConfig(
+            r=4, target_modules=["q_proj", "v_proj", "gate_proj"], modules_to_save=["q_norm"], init_lora_weights=False
+        )
+        model = get_peft_model(model, config)
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if "modules_to_save" in name:
+                    p.mul_(1.5)
+        return model
+
+    plain = adapted(make("qwen3"))
+    model = make("qwen3")
+    if when == "after":
+        applied = swapper.swap(model)
+        logits(model)
+        model = adapted(model)
+    else:
+        model = adapted(model)
+        applied = swapper.swap(model)
+    for _ in range(2):
+        close(logits(model), logits(plain))
+    close(step(model.train()), step(plain.train()))
+    assert fused(applied)["residual_norm"] == 2
+
+
+def test_weights_in_memory_of_their_own_are_called_through_accelerate(swapper):
+    from accelerate import cpu_offload
+
+    model = make("qwen3")
+    plain = logits(model)
+    applied = swapper.swap(model)
+    logits(model)
+    cpu_offload(model, execution_device="cpu")
+    for _ in range(2):
+        close(logits(model), plain)
+    applied.undo()
+    close(logits(model), plain)
+
+
+def test_compiled_models_trace_the_statements_without_a_break(swapper):
+    model = make("qwen3")
+    plain = logits(model)
+    applied = swapper.swap(model)
+    logits(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        close(compiled(IDS, use_cache=False).logits, plain)
+        applied.undo()
+        close(compiled(IDS, use_cache=False).logits, plain)
+
+
+def test_copies_are_fused_on_their_own_and_pickles_are_plain(swapper):
+    model = make("qwen3")
+    plain = logits(model)
+    applied = swapper.swap(model)
+    logits(model)
+    twin = copy.deepcopy(model)
+    applied.undo()
+    assert classes.ours(type(twin.model.layers[0])) is not None
+    assert twin.model.layers[0].self_attn is not model.model.layers[0].self_attn
+    parts = [p for m in twin.modules() if (slot := state.find(m)) for p in slot.parts]
+    assert {p.inside.site.layer for p in parts if p.inside is not None} == {"norm_rotary"}
+    close(logits(twin), plain)
+    again = pickle.loads(pickle.dumps(twin))  # our own
+    assert not any(classes.ours(type(m)) for m in again.modules())
+    assert torch.equal(logits(again), plain)
+
+
+def test_two_models_of_one_class_do_not_meet(swapper):
+    one, other = make("qwen3"), make("qwen3")
+    plain = logits(other)
+    applied = swapper.swap(one)
+    logits(one)
+    assert torch.equal(logits(other), plain)
+    second = swapper.swap(other, only="residual_norm")
+    assert served(second) == {"residual_norm": 2}
+    close(logits(other), plain)
+    applied.undo()
+    close(logits(other), plain)
+    second.undo()
+    assert torch.equal(logits(other), plain)
+
+
+def test_layers_of_one_class_share_their_subclass(swapper):
+    model = make("qwen3", num_hidden_layers=4)
+    swapper.swap(model)
+    logits(model)
+    assert len({type(layer) for layer in model.model.layers}) == 1
+    assert len({type(layer.self_attn) for layer in model.model.layers}) == 1
+
+
+# -- beside other rows ----------------------------------------------------------------------------------------------
+
+
+def test_the_rotary_embedding_inside_is_said_to_be_inside_and_serves_where_the_fused_kernel_is_refused(swapper):
+    model = make("qwen3")
+    plain = logits(model)
+    applied = swapper.swap(model)
+    rotary = [o for o in applied.outcomes if o.site.layer == "rotary_pos_emb"]
+    assert [o.reason for o in rotary] == ["inside norm_rotary, which is swapped"] * 2
+    for slot, module in applied._slots():
+        for part in slot.parts:
+            if part.site.layer == "norm_rotary":
+                part.inference.standing, part.inference.reason = "refused", "because a test says so"
+                classes.place(slot, module)
+    close(logits(model), plain)
+    assert served(applied)["rotary_pos_emb"] == 2
+    with applied.counting():
+        logits(model)
+    assert applied.calls["model.layers.0.self_attn"] == 1
+
+
+@pytest.mark.parametrize(
+    ("more", "lost"),
+    [
+        ({"skip": "RMSNorm"}, {"residual_norm", "norm_rotary"}),
+        ({"skip": "post_attention_layernorm"}, {"residual_norm"}),
+        ({"skip": "rotary_pos_emb"}, {"norm_rotary"}),
+        ({"skip": "norm_rotary"}, {"norm_rotary"}),
+        ({"only": "norm_rotary"}, {"residual_norm"}),
+    ],
+    ids=str,
+)
+def test_what_the_user_says_of_a_norm_holds_for_the_statements_that_call_it(swapper, more, lost):
+    model = make("qwen3")
+    plain = logits(model)
+    applied = swapper.swap(model, **more)
+    assert set(fused(applied)) == {"residual_norm", "norm_rotary"} - lost
+    close(logits(model), plain)
+
+
+def test_a_norm_for_which_another_kernel_was_preferred_is_not_gone_round(swapper, tmp_path):
+    folder = tmp_path / "mine"
+    (folder / "build" / "torch-universal").mkdir(parents=True)
+    (folder / "build" / "torch-universal" / "__init__.py").write_text("from . import layers\n")
+    (folder / "build" / "torch-universal" / "layers.py").write_text(
+        "import torch.nn as nn\n\n\nclass RMSNorm(nn.Module):\n    can_torch_compile = True\n\n"
+        "    def forward(self, hidden_states):\n"
+        "        return nn.functional.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)\n"
+    )
+    (folder / "build" / "torch-universal" / "metadata.json").write_text(
+        '{"name": "mine", "id": "mine_1", "version": 1, "license": "MIT", "python-depends": [], "backend": {"type": "cpu"}}'
+    )
+    model = make("llama")
+    applied = swapper.swap(model, prefer={"post_attention_layernorm": [f"dir://{folder}:RMSNorm"]}, trust=True)
+    kept = {o.reason for o in applied.outcomes if isinstance(o, Kept) and o.site.layer == "residual_norm"}
+    assert len(kept) == 1, applied.explain(long=True)
+    assert "its post_attention_layernorm is served by" in kept.pop()
+    assert served(applied)["RMSNorm"] == 5
+
+
+def test_mixed_dtypes_run_the_statements_and_the_reason_is_kept(swapper):
+    model, plain = make("llama").train(), make("llama").train()
+    applied = swapper.swap(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours, theirs = model(IDS, labels=IDS).loss, plain(IDS, labels=IDS).loss
+    torch.testing.assert_close(ours, theirs, atol=2e-2, rtol=2e-2)
+    reasons = {reason for site, reason in applied.refusals if site.layer == "residual_norm"}
+    assert reasons == {"cannot take the place of the statements: it is given tensors or norms of another kind"}
+    model.eval()
+    logits(model)
+    assert counted(applied, lambda: logits(model))[1:] == (2, 0)  # without autocast there is one dtype
+
+
+def test_functional_transforms_run_the_statements(swapper):
+    model, plain = make("llama"), make("llama")
+    swapper.swap(model)
+    logits(model)
+    x = torch.randn(1, 3, 32)
+    norms = [m.model.layers[0] for m in (model, plain)]
+    cos, sin = model.model.rotary_emb(x, torch.arange(3)[None])
+
+    def squared(layer):
+        return lambda x: layer(x, position_embeddings=(cos, sin)).pow(2).sum()
+
+    close(torch.func.grad(squared(norms[0]))(x), torch.func.grad(squared(norms[1]))(x))
+
+
+def test_on_a_cpu_the_default_table_leaves_the_statements_alone(layers_build, tmp_path):
+    swapper = ks.Swapper(cache=compiled_cache(tmp_path, layers_build), offline=True)
+    applied = swapper.swap(make("qwen3"), skip=["residual_norm", "norm_rotary"])  # no mistake: a script may run on either device
+    assert not {o.site.layer for o in applied.outcomes} & {"residual_norm", "norm_rotary"}
