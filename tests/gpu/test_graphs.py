@@ -83,6 +83,34 @@ def test_in_half_precision_logits_are_as_close_as_those_of_eager_kernels(swapper
             torch.testing.assert_close(mine, theirs, atol=0.1, rtol=0.05)
 
 
+def test_padded_prompts_in_half_precision_and_no_step_waits_for_the_gpu(swapper, monkeypatch):
+    from kernelswap.slots import attention_masks
+
+    model = qwen3(torch.bfloat16)
+    mask = torch.ones(2, 33, dtype=torch.long, device="cuda")
+    mask[0, :7] = 0
+    more = {"output_logits": True, "return_dict_in_generate": True, "attention_mask": mask}
+    expected = eager(model, **more)
+    packed, made = attention_masks.packed, []
+
+    def watched(*args):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            made.append(packed(*args))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return made[-1]
+
+    monkeypatch.setattr(attention_masks, "packed", watched)
+    with swapper.swap(model, graphs=True) as applied:
+        found = generated(model, **more)
+        assert facts(applied)["replayed"] == 21, applied.explain()
+        assert applied.refusals == ()
+    assert len(made) == 23
+    for mine, theirs in zip(found.logits[:4], expected.logits[:4], strict=True):
+        torch.testing.assert_close(mine, theirs, atol=0.1, rtol=0.05)
+
+
 def test_weights_that_change_in_place_are_followed_and_others_recorded_anew(model, swapper):
     with swapper.swap(model, graphs=True) as applied:
         before = generated(model)

@@ -7,7 +7,7 @@ TOLERANCE = 4e-3
 half = torch.float16  # of bfloat16 the interpreter's `tl.dot` multiplies the bits; tests/bundled/test_attention_cuda.py has that
 
 
-def exact(q, k, v, scale, *, length=None, window=0, softcap=0.0, sinks=None):
+def exact(q, k, v, scale, *, length=None, mask=None, window=0, softcap=0.0, sinks=None):
     """(B, HQ, 1, D) and caches -> (B, 1, HQ, DV) in float64."""
     q, k, v = q.double(), k.double(), v.double()
     groups = q.shape[1] // k.shape[1]
@@ -19,6 +19,8 @@ def exact(q, k, v, scale, *, length=None, window=0, softcap=0.0, sinks=None):
     live = at < length[:, None]
     if window:
         live &= at >= length[:, None] - window
+    if mask is not None:
+        live = live & (mask != 0)
     scores = scores.masked_fill(~live[:, None, None], -torch.inf)
     if sinks is not None:
         scores = torch.cat((scores, sinks.double()[None, :, None, None].expand(*scores.shape[:3], 1)), -1)
@@ -136,3 +138,19 @@ def test_what_does_not_fit_the_cache_is_left_to_the_caller(attention):
     assert not attention.decode.append(k.expand(1, 2, 3, 16), k.expand(1, 2, 3, 16), cache, cache, at)
     assert not attention.decode.append(k.requires_grad_(), k, cache, cache, at)
     assert not cache.any()
+
+
+@pytest.mark.parametrize("window", [0, 50])
+@pytest.mark.parametrize("keys", [40, 130, 1000])
+def test_keys_that_are_not_seen_take_no_part_wherever_they_lie(attention, keys, window):
+    q, k, v = made(keys=keys, batch=3)
+    wide = torch.ones(3, 1 + keys, dtype=torch.int32)
+    wide[0, 1 : keys // 2] = 0  # padding on the left, whole parts of it
+    wide[1, 5:keys:3] = 0
+    length = torch.tensor([keys, keys - 3, keys // 2 + 1], dtype=torch.int32)
+    wide[:, 0] = length
+    for b in range(3):
+        wide[b, length[b]] = 1  # the newest
+    options = {"length": wide[:, 0], "mask": wide[:, 1:], "window": window}
+    got = attention.decode.decode(q, k, v, scale=0.2, **options)
+    assert error(got, exact(q, k, v, 0.2, **options)) < TOLERANCE

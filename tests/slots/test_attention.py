@@ -12,6 +12,7 @@ from tests.swapping import frozen
 from kernelswap.api import Swapper
 from kernelswap.errors import Required
 from kernelswap.slots import attention
+from kernelswap.slots import attention_masks as masks
 from kernelswap.types import Kept, Swap
 
 transformers = pytest.importorskip("transformers")
@@ -244,3 +245,32 @@ def test_a_long_prompt_is_proved_on_a_part_of_it(swapper, monkeypatch):
         assert torch.equal(found, expected)
         assert the(applied).inference.verdict.accepted
         assert applied.refusals == ()
+
+
+def test_a_padding_mask_goes_to_the_kernel_for_one_token_as_it_is(model, swapper, monkeypatch):
+    """On a GPU in half precision; here the form is asked for, and read by what serves on a CPU."""
+    mask = torch.tensor([[0, 0, 1, 1, 0, 1], [1] * 6])
+    more = {"max_new_tokens": 6, "do_sample": False, "cache_implementation": "static", "attention_mask": mask}
+    expected = model.generate(IDS, **more)
+    seen = []
+    monkeypatch.setattr(masks, "_reads_packed", lambda *_: True)
+    original = masks.packed
+    monkeypatch.setattr(masks, "packed", lambda *a: seen.append(original(*a)) or seen[-1])
+    with swapper.swap(model, attention=True) as applied:
+        assert torch.equal(model.generate(IDS, **more), expected)
+        assert applied.refusals == ()
+    assert len(seen) == 5
+    assert seen[0][:, 0, 0].tolist() == [[7, *mask[0].tolist(), 1, 0, 0, 0, 0], [7, *mask[1].tolist(), 1, 0, 0, 0, 0]]
+
+
+def test_lengths_written_out_are_transformers_own_mask():
+    from transformers.masking_utils import sdpa_mask
+
+    mask = torch.tensor([[0, 0, 1, 1, 0, 1, 1], [1] * 7])
+    offset = torch.tensor(6)
+    key = torch.empty(2, 1, 12, 4)
+    found = attention._written_out(masks.packed(torch, offset, mask, 12), key)
+    theirs = sdpa_mask(
+        batch_size=2, q_length=1, kv_length=12, q_offset=offset, attention_mask=mask.bool(), allow_is_causal_skip=False
+    )
+    assert torch.equal(found, theirs)

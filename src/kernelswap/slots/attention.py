@@ -307,7 +307,7 @@ def _kind(module: Any, query: Tensor, key: Tensor, mask: Any) -> tuple[Any, ...]
     return (
         query.shape[2] == 1,
         query.shape[2] == key.shape[2],
-        None if mask is None else mask.dtype,
+        None if mask is None else (mask.dtype, mask.shape[-1] == 1),
         query.dtype,
         query.device,
         query.requires_grad,
@@ -318,12 +318,13 @@ def _kind(module: Any, query: Tensor, key: Tensor, mask: Any) -> tuple[Any, ...]
 
 
 def _written_out(mask: Any, key: Tensor) -> Any:
-    """A mask that everybody reads: of lengths, which keys live, bool (B, 1, 1, keys)."""
+    """A mask that everybody reads: of lengths, which keys take part, bool (B, 1, 1, keys)."""
     import torch
 
-    if mask is None or mask.dtype is not torch.int32 or mask.ndim != 4 or mask.shape[-1] != 1:
+    if mask is None or mask.dtype is not torch.int32 or mask.ndim != 4:
         return mask
-    return torch.arange(key.shape[2], device=key.device) < mask
+    live = torch.arange(key.shape[2], device=key.device) < mask[..., :1]
+    return live if mask.shape[-1] == 1 else live & (mask[..., 1:] != 0)
 
 
 def _small(args: Sequence[Any]) -> bool:
@@ -342,9 +343,7 @@ def _part(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...
     if rows < queries:
         # as many keys more than queries as there were, if any: which of them a query sees goes by that
         keys = rows if keys == queries else keys if mask is not None else min(keys, rows + 1)
-    if mask is not None and mask.shape[-1] > 1:
-        mask = mask[:1, :group, :rows, :keys]
-    elif mask is not None:
-        mask = mask[:1]
+    if mask is not None:  # lengths have a column more than there are keys
+        mask = mask[:1] if not mask.is_floating_point() and mask.element_size() > 1 else mask[:1, :group, :rows, :keys]
     named = {**kwargs, "s_aux": kwargs["s_aux"][:group]} if kwargs.get("s_aux") is not None else kwargs
     return (query[:1, :group, :rows], key[:1, :1, :keys], value[:1, :1, :keys], mask, *rest), named

@@ -49,10 +49,11 @@ def with_lengths(  # noqa: PLR0913, PLR0917  # Transformers' signature
     allow_is_causal_skip: bool = True,  # noqa: FBT001, FBT002  # same
     **rest: Any,
 ) -> Any:
-    """As `four_dimensional`, and for one token without padding: `None` (every key lives) or int32 (B, 1, 1, 1), how many do.
+    """As `four_dimensional`, and for one token `None` (every key lives) or int32 (B, 1, 1, 1), how many do.
 
-    A static cache is longer than what lives in it; the length stays on the device. Reads the padding mask once: one sync per
-    forward and kind of layer, none without a padding mask.
+    A static cache is longer than what lives in it; the length stays on the device. With a padding mask, in half precision on a GPU, int32
+    (B, 1, 1, 1 + keys): how many live, then which of them are seen; nothing is read back. Elsewhere the padding mask is looked at
+    once, and where it hides nothing, lengths say it all.
     """
     import torch
 
@@ -63,8 +64,10 @@ def with_lengths(  # noqa: PLR0913, PLR0917  # Transformers' signature
     whole = 1 < q_length == kv_length and kv_offset == 0 and not isinstance(q_offset, torch.Tensor) and q_offset == 0
     if plain and whole and (local_size is None or kv_length < local_size):
         return None  # `is_causal` says it all, also under capture and compile, where most releases make a mask
-    if q_length == 1 and not torch.compiler.is_compiling() and not _capturing(torch, attention_mask, q_offset):
-        found = _one_token(torch, batch_size, kv_length, q_offset, kv_offset, function, attention_mask, local_size)
+    if q_length == 1 and not torch.compiler.is_compiling():
+        found = _one_token(
+            torch, batch_size, kv_length, q_offset, kv_offset, function, attention_mask, local_size, rest.get("dtype")
+        )
         if found is not False:
             return found
     return masking.sdpa_mask(
@@ -74,18 +77,38 @@ def with_lengths(  # noqa: PLR0913, PLR0917  # Transformers' signature
     )  # fmt: skip
 
 
-def _one_token(  # what the mask of one token depends on
-    torch: Any, batch: int, keys: int, offset: Any, kv_offset: int, function: Any, mask: Any, local_size: int | None
+def _one_token(  # noqa: PLR0911, PLR0913, PLR0917  # what the mask of one token depends on
+    torch: Any, batch: int, keys: int, offset: Any, kv_offset: int, function: Any, mask: Any, local_size: int | None, dtype: Any
 ) -> Any:
     """`None`, lengths, or False: it takes a mask of four dimensions."""
     static = isinstance(offset, torch.Tensor)
     if static and function is _masking().causal_mask_function and kv_offset == 0 and offset.numel() == 1:
         offset = offset.reshape(())  # of one dimension before 5.15
-        plain = mask is None or (mask.shape[-1] <= keys and bool(_prefix(torch, mask, offset)))
-        return (offset + 1).to(torch.int32).expand(batch).contiguous().view(batch, 1, 1, 1) if plain else False
+        if mask is None:
+            return (offset + 1).to(torch.int32).expand(batch).contiguous().view(batch, 1, 1, 1)
+        if mask.ndim != 2 or mask.shape[-1] > keys:
+            return False
+        if _reads_packed(torch, offset, dtype):
+            return packed(torch, offset, mask, keys)
+        if not _capturing(torch, mask, offset) and bool(_prefix(torch, mask, offset)):
+            return (offset + 1).to(torch.int32).expand(batch).contiguous().view(batch, 1, 1, 1)
+        return False
     if not static and local_size is not None and keys <= local_size and _slides(function):
-        return None if mask is None or bool(mask[:, -keys:].all()) else False
+        return None if mask is None or (not _capturing(torch, mask, offset) and bool(mask[:, -keys:].all())) else False
     return False
+
+
+def _reads_packed(torch: Any, offset: Any, dtype: Any) -> bool:
+    """Whether the kernel for one token, which takes the mask as it is, is going to serve."""
+    return offset.is_cuda and dtype in {torch.bfloat16, torch.float16}
+
+
+def packed(torch: Any, offset: Any, mask: Any, keys: int) -> Any:
+    """How many keys live and which are seen, int32 (B, 1, 1, 1 + keys), of a padding mask (B, up to keys)."""
+    found = torch.zeros((mask.shape[0], 1, 1, 1 + keys), dtype=torch.int32, device=mask.device)
+    found[..., 0] = offset + 1
+    found[:, 0, 0, 1 : 1 + mask.shape[-1]] = mask != 0
+    return found
 
 
 def _prefix(torch: Any, mask: Any, last: Any) -> Any:

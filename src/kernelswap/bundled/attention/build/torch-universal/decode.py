@@ -28,12 +28,12 @@ except ImportError:  # older Triton
     from triton.runtime.errors import OutOfResources as Unfit
 
 
-@triton.jit(do_not_specialize=["L", "splits", "scale", "window", "softcap"])
+@triton.jit(do_not_specialize=["L", "splits", "scale", "window", "softcap", "slb", "smb"])
 def _split(
-    Q, K, V, LEN, SINK, O, PM, PA, L, splits, scale, window, softcap,
+    Q, K, V, LEN, MASK, SINK, O, PM, PA, L, splits, scale, window, softcap, slb, smb,
     sqb, sqh, skb, skh, sks, svb, svh, svs, sob, soh,
     HK: tl.constexpr, G: tl.constexpr, BG: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr,
-    BN: tl.constexpr, HAS_LEN: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, HAS_SINK: tl.constexpr,
+    BN: tl.constexpr, HAS_LEN: tl.constexpr, HAS_MASK: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, HAS_SINK: tl.constexpr,
     SINGLE: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     if OVERLAP:
@@ -43,7 +43,7 @@ def _split(
     b = (bh // HK).to(tl.int64)
     h = (bh % HK).to(tl.int64)
     if HAS_LEN:
-        length = tl.minimum(tl.load(LEN + b).to(tl.int32), L)
+        length = tl.minimum(tl.load(LEN + b * slb).to(tl.int32), L)
     else:
         length = L
     first = 0
@@ -72,9 +72,14 @@ def _split(
             s = (2.0 / (1.0 + tl.exp(-2.0 * x)) - 1.0) * (softcap * 1.4426950408889634)
         else:
             s = s * (scale * 1.4426950408889634)
-        s = tl.where(inside[None, :], s, -1.0e30)
+        seen = inside
+        if HAS_MASK:  # keys and values are read all the same: which are seen is known too late to save that
+            seen = inside & (tl.load(MASK + b * smb + at, mask=inside, other=0) != 0)
+        s = tl.where(seen[None, :], s, -1.0e30)
         top = tl.maximum(m, tl.max(s, axis=1))
         p = tl.exp2(s - top[:, None])
+        if HAS_MASK:
+            p = tl.where(seen[None, :], p, 0.0)  # a part of which nothing is seen counts for nothing
         fade = tl.exp2(m - top)
         l = l * fade + tl.sum(p, axis=1)
         v = tl.load(vp + at[:, None] * svs + dv[None, :], mask=inside[:, None] & (dv < DV)[None, :], other=0.0)
@@ -156,21 +161,20 @@ def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 def decode(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float, length: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, length: Tensor | None = None, mask: Tensor | None = None,
     window: int = 0, softcap: float = 0.0, sinks: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Attention of the newest token over what came before it and itself.
 
     q (B, HQ, 1, D), k (B, HK, L, D), v (B, HK, L, DV), any strides with the last dimension contiguous -> (B, 1, HQ, DV).
     length (B,) int32 or int64 on the device: how many of the L keys live; None: all. window: the last so many only; 0: all.
+    mask (B, L or more) int32, rows of any distance: 0 where a key is not seen; None: all that live are.
     softcap: s -> c tanh(s/c); 0: none. sinks (HQ,): a logit per head that takes part in the sum and has no value.
     """
     batch, heads, _, dim = q.shape
     kv_heads, keys, value_dim = k.shape[1], k.shape[2], v.shape[3]
     if sinks is not None:
-        sinks = sinks.contiguous()  # the kernel reads it as an array; so it does `length`
-    if length is not None:
-        length = length.contiguous()
+        sinks = sinks.contiguous()  # the kernel reads it as an array
     group = heads // kv_heads
     device = q.get_device()
     live = min(keys, window) if window else keys
@@ -185,7 +189,7 @@ def decode(
     block_value = triton.next_power_of_2(value_dim)
     parts = triton.next_power_of_2(splits)
     key = (
-        q.dtype, device, kv_heads, group, dim, value_dim, odd, None if length is None else length.dtype,
+        q.dtype, device, kv_heads, group, dim, value_dim, odd, None if length is None else length.dtype, mask is None,
         window > 0, softcap > 0, None if sinks is None else sinks.dtype, splits == 1, parts,
     )  # fmt: skip
     work = None if splits == 1 else torch.empty(
@@ -197,10 +201,11 @@ def decode(
         floats = q.new_empty(0, dtype=torch.float32)
         first = bind(
             _split,
-            (q, k, v, q if length is None else length, q if sinks is None else sinks, out, floats, floats, 17, 17, 0.1, 17, 0.1)
+            (q, k, v, q if length is None else length, q if mask is None else mask, q if sinks is None else sinks, out, floats, floats)
+            + (17, 17, 0.1, 17, 0.1, 17, 17)
             + (example,) * 10,
             device=device, num_warps=4, HK=kv_heads, G=group, BG=block_group, D=dim, BD=triton.next_power_of_2(dim),
-            DV=value_dim, BDV=block_value, BN=_BLOCK, HAS_LEN=int(length is not None), WINDOW=int(window > 0),
+            DV=value_dim, BDV=block_value, BN=_BLOCK, HAS_LEN=int(length is not None), HAS_MASK=int(mask is not None), WINDOW=int(window > 0),
             SOFTCAP=int(softcap > 0), HAS_SINK=int(sinks is not None), SINGLE=int(splits == 1), STAGES=3, OVERLAP=int(overlap and splits > 1),
         )  # fmt: skip
         second = None
@@ -213,6 +218,8 @@ def decode(
         found = _bound[key] = first, second
     first, second = found
     p_len = pq if length is None else length.data_ptr()
+    p_mask = pq if mask is None else mask.data_ptr()
+    rows = 0 if length is None else length.stride(0), 0 if mask is None else mask.stride(0)
     p_sink = pq if sinks is None else sinks.data_ptr()
     po = out.data_ptr()
     pa = po if work is None else work.data_ptr()
@@ -220,7 +227,8 @@ def decode(
     with on(device):
         stream = current_stream(device)
         first(
-            batch * kv_heads * splits, stream, pq, pk, pv, p_len, p_sink, po, pm, pa, keys, splits, scale, window, softcap, *strides
+            batch * kv_heads * splits, stream, pq, pk, pv, p_len, p_mask, p_sink, po, pm, pa,
+            keys, splits, scale, window, softcap, *rows, *strides,
         )
         if second is not None:
             second(batch * heads, stream, pm, pa, p_sink, po, splits, heads * value_dim, value_dim)

@@ -93,13 +93,15 @@ def decode(
     length: Tensor | None,
     scale: float,
     *,
+    mask: Tensor | None = None,
     window: int = 0,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
 ) -> Tensor | None:
     """One token per sequence by the Triton kernel: q (B, HQ, 1, D) -> (B, 1, HQ, DV), or `None` where it does not serve.
 
-    length (B,), on the device: how many of the keys live; `None`: all. window: the last so many of those; 0: all.
+    length (B,), on the device: how many of the keys live; `None`: all. mask (B, Sk) int32: 0 where a key is not seen.
+    window: the last so many of the live ones; 0: all.
     """
     if not q.is_cuda or is_compiling() or torch.jit.is_tracing() or torch.version.hip is not None:
         return None
@@ -112,7 +114,7 @@ def decode(
     if key in _refused:
         return None
     try:
-        out: Tensor = module.decode(q, k, v, scale=scale, length=length, window=window, softcap=softcap, sinks=sinks)
+        out: Tensor = module.decode(q, k, v, scale=scale, length=length, mask=mask, window=window, softcap=softcap, sinks=sinks)
     except module.Unfit:  # too little shared memory, a GPU that Triton does not know: PyTorch's kernels go on
         _refused.add(key)
         return None

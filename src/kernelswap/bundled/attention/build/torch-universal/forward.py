@@ -13,7 +13,8 @@ from .flash import flash_attn_varlen_func, flash_attn_with_kvcache
 
 supports_flash_attn = True
 supports_lengths = True
-"""A mask may also be an int32 tensor (B, 1, 1, 1): how many keys live, for one-token queries over a static cache."""
+"""A mask may also be int32, for one-token queries over a static cache: (B, 1, 1, 1), how many keys live, or (B, 1, 1, 1 + Sk), that and
+then for each key whether it is seen."""
 
 _said: set[str] = set()
 
@@ -53,11 +54,12 @@ def flash_attn_forward(  # noqa: PLR0913  # Transformers' attention interface
         return _end_to_end(query, key, value, scaling, causal, window, dropout, options, kwargs), None
     queries, keys = query.shape[2], key.shape[2]
     mask = attention_mask
-    if mask is not None and mask.dtype is torch.int32 and mask.ndim == 4 and mask.shape[-1] == 1:
-        out = decode(query, key, value, mask.view(-1), scaling or query.shape[-1] ** -0.5, **_last(options, window))
+    if mask is not None and mask.dtype is torch.int32 and mask.ndim == 4 and mask.shape[-1] in {1, 1 + keys}:
+        seen = mask[:, 0, 0, 1:] if mask.shape[-1] > 1 else None
+        out = decode(query, key, value, mask[:, 0, 0, 0], scaling or query.shape[-1] ** -0.5, mask=seen, **_last(options, window))
         if out is not None:
             return out, None
-        mask = torch.arange(keys, device=key.device) < mask
+        mask = written_out(mask, keys)
     if mask is not None:
         mask = mask[..., :keys] if mask.shape[-1] > keys else mask
         causal, window = False, (-1, -1)
@@ -70,6 +72,12 @@ def flash_attn_forward(  # noqa: PLR0913  # Transformers' attention interface
         query, key, value, scale=scaling, causal=causal and queries > 1, window=window, mask=mask, dropout=dropout, **options
     )
     return out.transpose(1, 2).contiguous(), None
+
+
+def written_out(lengths: Tensor, keys: int) -> Tensor:
+    """A mask of lengths as others read it: bool (B, 1, 1, Sk), True where a key takes part."""
+    mask = torch.arange(keys, device=lengths.device) < lengths[..., :1]
+    return mask if lengths.shape[-1] == 1 else mask & (lengths[..., 1:] != 0)
 
 
 def _last(options: dict[str, Any], window: tuple[int, int]) -> dict[str, Any]:
