@@ -5,7 +5,7 @@
     python3 dev.py test [ARGS]   ruff, mypy, then `pytest ARGS`
     python3 dev.py transformers [oldest|all|MINOR...] [PYTEST ARGS]
                                  the tests that touch Transformers, on other releases: 5.10 5.15, say; all, unless named
-    python3 dev.py docs          write the pages that are generated (docs/cli.md)
+    python3 dev.py docs          write the pages that are generated (docs/cli.md, docs/performance.md)
     python3 dev.py setup         only set up
 
 Everything goes into .venv next to this file, pinned by requirements/constraints.txt. It is reused as it is when neither

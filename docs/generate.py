@@ -1,4 +1,7 @@
-"""Write docs/cli.md from the command line itself: `python docs/generate.py`. tests/cli/test_docs.py holds them together."""
+"""Write docs/cli.md from the command line itself, and docs/performance.md from the results: `python docs/generate.py`.
+
+tests/cli/test_docs.py and tests/bench/test_performance_page.py hold them together.
+"""
 
 from __future__ import annotations
 
@@ -73,5 +76,7 @@ def cell(parameter: Any) -> str:
 
 
 if __name__ == "__main__":
+    import performance
+
     PAGE.write_text(page(), encoding="utf-8")
-    sys.stdout.write(f"wrote {PAGE.name}\n")
+    sys.stdout.writelines(f"wrote {path.name}\n" for path in (PAGE, *performance.write()))

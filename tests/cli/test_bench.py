@@ -81,12 +81,28 @@ def test_the_same_command_goes_on_and_measures_nothing_twice(done, checkpoint, w
 
 @pytest.mark.slow
 def test_the_benchmark_of_the_kernels_runs_here_and_keeps_to_its_time(warm_cache, tmp_path):
-    argv = ("-m", "kernelswap", "bench", "kernels", "--device", "cpu", "--threads", "1", "--time-budget", "25", "--json")
+    argv = (
+        "-m",
+        "kernelswap",
+        "bench",
+        "kernels",
+        "--device",
+        "cpu",
+        "--threads",
+        "1",
+        "--time-budget",
+        "25",
+        "--json",
+        "--out",
+        "k.json",
+    )
     process = run(*argv, env=environment(warm_cache, tmp_path), cwd=tmp_path)
     assert process.returncode == 0, process.stderr
     data = json.loads(process.stdout)
     assert {"op", "rows", "n", "dtype", "ratio"} <= set(data["rows"][0])
     assert data["complete"] is False
+    assert json.loads((tmp_path / "k.json").read_text())["rows"] == data["rows"]
+    assert "The kernels of the CPU" in process.stderr
 
 
 def test_a_benchmark_that_is_not_for_this_device_is_said(capsys):
@@ -96,6 +112,8 @@ def test_a_benchmark_that_is_not_for_this_device_is_said(capsys):
         ours.script("kernels", "mps:0")
     assert main(["bench", "kernels", "--device", "cpu", "--hub"]) != 0
     assert "takes no --hub" in capsys.readouterr().err
+    assert main(["bench", "demo", "--quick"]) != 0
+    assert "--quick and --only are for `bench kernels`" in capsys.readouterr().err
 
 
 def test_a_plot_that_cannot_be_written_is_refused_before_the_work(capsys, tmp_path):

@@ -15,14 +15,16 @@ from typing import Any
 from ..errors import KernelSwapError
 
 SCRIPTS = {
-    ("kernels", "cpu"): ("cpu_layers.py", ("--quick", "--output")),
-    ("kernels", "cuda"): ("gpu_kernels.py", ()),
-    ("model", "cuda"): ("gpu_model.py", ("0.6b", "8b", "--all")),
+    ("kernels", "cpu"): ("cpu_layers.py", ("--quick",), ("--quick",)),
+    ("kernels", "cuda"): ("gpu_kernels.py", (), ("--quick",)),
+    ("model", "cuda"): ("gpu_model.py", ("0.6b", "8b", "--all"), ("0.6b", "--attention")),
 }
-"""By what is asked and the device: the script, and its arguments before the file that it writes."""
+"""By what is asked and the device: the script, its arguments, and those of a short run."""
+WRONG = 3
+"""The exit code of a script that measured everything and found an output of ours wrong."""
 
 
-def script(what: str, device: str) -> tuple[Path, tuple[str, ...]]:
+def script(what: str, device: str, *, quick: bool = False) -> tuple[Path, tuple[str, ...]]:
     """The file and its arguments.
 
     Raises:
@@ -32,31 +34,46 @@ def script(what: str, device: str) -> tuple[Path, tuple[str, ...]]:
     if (what, kind) not in SCRIPTS:
         there = ", ".join(sorted(k for w, k in SCRIPTS if w == what))
         raise KernelSwapError(f"there is a benchmark of the {what} for {there}, none for {kind}", asked=f"bench {what}")
-    name, arguments = SCRIPTS[what, kind]
+    name, long, short = SCRIPTS[what, kind]
     for folder in (Path(str(resources.files("kernelswap"))) / "benchmarks", Path(__file__).parents[3] / "benchmarks"):
         if (folder / name).is_file():
-            return folder / name, arguments
+            return folder / name, short if quick else long
     raise KernelSwapError(
         f"{name} is not part of this installation", asked=f"bench {what}", todo="Install kernelswap from its wheel."
     )
 
 
-def run(what: str, device: str, *, seconds: float | None = None, more: tuple[str, ...] = (), line: Callable[[str], Any]) -> Any:
+def run(
+    what: str,
+    device: str,
+    *,
+    line: Callable[[str], Any],
+    seconds: float | None = None,
+    out: Path | None = None,
+    quick: bool = False,
+    only: str | None = None,
+    threads: int | None = None,
+) -> Any:
     """The rows and the machine, as the script writes them. `line` gets what it prints; after `seconds` it is ended.
 
-    A script writes after every row, so that what was measured by then counts.
+    A script writes after every row, so that what was measured by then counts. `out`: where it writes; on a GPU, rows that are there
+    and are not measured again stay. `only`: rows, by the script's own names. `right` in the answer: no output of ours was wrong.
 
     Raises:
         KernelSwapError: it failed, or there was not time for one row.
     """
-    file, arguments = script(what, device)
+    file, arguments = script(what, device, quick=quick)
     with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "rows.json"
+        output = Path(folder) / "rows.json" if out is None else out.absolute()
+        here = device == "cpu"
+        more = (*arguments, *(("--only", only) if only else ()), *(("--threads", str(threads)) if threads and here else ()))
+        more = (*more, "--output", str(output)) if here else (*more, "--add", str(output))
         environ = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+        if device.startswith("cuda:"):
+            environ["CUDA_VISIBLE_DEVICES"] = device.partition(":")[2]
         process = subprocess.Popen(  # noqa: S603  # our own interpreter and our own script
-            [sys.executable, str(file), *arguments, str(output), *more],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environ,
-        )  # fmt: skip
+            [sys.executable, str(file), *more], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environ
+        )
         timer = _after(seconds, process)
         said = []
         assert process.stdout is not None
@@ -67,11 +84,11 @@ def run(what: str, device: str, *, seconds: float | None = None, more: tuple[str
         ended = timer is not None and not timer.is_alive()
         if timer is not None:
             timer.cancel()
-        if code and not ended:
+        if code not in {0, WRONG} and not ended:
             raise KernelSwapError(f"{file.name} ended with exit code {code}: {said[-1] if said else ''}", asked=f"bench {what}")
         if not output.is_file():
             raise KernelSwapError("the time was up before the first row", asked=f"bench {what}", todo="Give it more time.")
-        return {**json.loads(output.read_text(encoding="utf-8")), "complete": not ended}
+        return {**json.loads(output.read_text(encoding="utf-8")), "complete": not ended, "right": code != WRONG}
 
 
 def _after(seconds: float | None, process: subprocess.Popen[str]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -45,6 +46,14 @@ def command(
     plot: Annotated[
         Path | None, typer.Option("--plot", help="Draw it, too: FILE.png, FILE.svg or FILE.html.", metavar="FILE")
     ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Write what --json prints there, too; our own benchmarks: as rows come.", metavar="FILE.json"),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Of our own benchmarks, the rows that matter most.")] = False,
+    only: Annotated[
+        str | None, typer.Option("--only", help="Of our own benchmarks, these rows: K1,K7 or prefill,decode.", metavar="ROWS")
+    ] = None,
     cache: session.Cache = None,
     offline: session.Offline = False,
     as_json: bool = False,
@@ -53,13 +62,19 @@ def command(
 
     Candidates: bundled kernels, what is installed here, kernels of the hub with --hub, and the original under torch.compile.
     `swap(model, choose="measured")` uses what was kept. Whoever is stopped goes on: the same command measures only what is missing.
-    `bench kernels` and `bench model` run the benchmarks behind our published figures on this machine.
-    Exit code 1: nothing won, or the model is not as it was.
+    `bench kernels` and `bench model` run the benchmarks behind our published figures on this machine, and say of each target whether it
+    was met. What FILE.json has of rows that are not measured again stays (on a GPU).
+    Exit code 1: nothing won, the model is not as it was, or an output was wrong.
     """
     if what in {KERNELS, WHOLE} and not (what == WHOLE and where(device) == "cpu"):
         if plot is not None or hub or dtype is not None:
             raise KernelSwapError(f"`bench {what}` draws nothing and takes no --hub or --dtype", asked=f"bench {what}")
-        return _ours(what, where(device), budget, threads, as_json=as_json)
+        return _ours(what, where(device), as_json=as_json, seconds=budget, threads=threads, out=out, quick=quick, only=only)
+    if quick or only is not None:
+        raise KernelSwapError(
+            "--quick and --only are for `bench kernels` and, on a GPU, `bench model`", asked=f"bench {what}",
+            todo="--time-budget and --no-train shorten this one",
+        )  # fmt: skip
     from ...bench import model as benching
     from ...bench import plot as picture
     from ...bench import race_plot, subject
@@ -93,6 +108,8 @@ def command(
     if plot is not None:
         race_plot.save(found, plot)
     data = {**found.to_json(), "plot": str(plot) if plot is not None else None}
+    if out is not None:
+        out.write_text(json.dumps(data, indent=1, default=str) + "\n", encoding="utf-8")
 
     def text(out: Console) -> None:
         from ..bench_view import show
@@ -104,17 +121,20 @@ def command(
     return Answer(data, text, exits.OK if found.whole.swapped and found.whole.undone else exits.NO)
 
 
-def _ours(what: str, device: str, budget: float | None, threads: int | None, *, as_json: bool) -> Answer:
+def _ours(what: str, device: str, *, as_json: bool, **asked: Any) -> Answer:
     from ...bench import ours
 
-    out = console(stderr=as_json)
-    more = ("--threads", str(threads)) if threads is not None and device == "cpu" else ()
-    data: dict[str, Any] = ours.run(
-        what, device, seconds=budget, more=more, line=lambda text: out.print(text, markup=False, soft_wrap=True)
-    )
+    into = console(stderr=as_json)
+    if device == "cpu":
+        into.print("The kernels of the CPU; with an NVIDIA GPU, those of the GPU.", markup=False)
+    data: dict[str, Any] = ours.run(what, device, line=lambda text: into.print(text, markup=False, soft_wrap=True), **asked)
 
     def text(out: Console) -> None:
         rows = len(data["rows"])
         out.print(f"{rows} rows." if data["complete"] else f"{rows} rows; the time was up before the others.")
+        if not data["right"]:
+            out.print("An output was wrong; its row says which, and was not timed.")
+        if asked["out"] is not None:
+            out.print(f"Written to {asked['out']}", markup=False, soft_wrap=True)
 
-    return Answer(data, text)
+    return Answer(data, text, exits.OK if data["right"] else exits.NO)
