@@ -187,7 +187,8 @@ class Swapper(Provider):
             model: any `nn.Module`; its `__dict__`, parameters and hooks stay as they are.
             check: compare with the original on real tensors: `first-use`, `sample:N`, `always`, `off`.
             require: globs over layers and paths that a kernel must serve, all of them, in the mode that they are in; `attention`
-                is what the model's `attn_implementation` names.
+                is what the model's `attn_implementation` names. A real call that refuses the kernel of one raises `Required` too,
+                before anything is returned; the original serves the calls after it.
             lock: a directory whose `kernelswap.lock` is written anew where it does not say already what serves: each kernel's
                 commit and the digest of every file. `policy.locked_only` is what holds to it.
             wanted: see `plan`. `table`: rows, or `{layer: spec}`, laid over this Swapper's table (`inherit=False`: alone).
@@ -213,7 +214,7 @@ class Swapper(Provider):
         how_often(check)  # before anything is taken back
         with self._lock:
             outcomes = self.plan(model, **wanted)
-            require_all(outcomes, (require,) if isinstance(require, str) else tuple(require), model)
+            required = require_all(outcomes, (require,) if isinstance(require, str) else tuple(require), model)
             if lock is not None:
                 locking.record(locking.serving(outcomes), Path(lock), cache=self.store.cache)
             former = self.applied(model)
@@ -221,7 +222,7 @@ class Swapper(Provider):
                 former.undo()
             compiled = Mode.TORCH_COMPILE in (wanted.get("mode") or Mode(0))
             applied = self._applied[model] = apply(
-                model, outcomes, self.prover, check=check, compile=compiled, machine=self.machine
+                model, outcomes, self.prover, check=check, compile=compiled, machine=self.machine, required=required
             )
             return applied
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -46,6 +46,7 @@ def apply(
     check: str = "first-use",
     compile: bool = False,  # noqa: A002  # the word that users know
     machine: Machine | None = None,
+    required: Collection[int] = (),
 ) -> Applied:
     """Write a plan into `model`.
 
@@ -59,6 +60,7 @@ def apply(
             the proof on random tensors must do; without this, compiled code holds a kernel once an eager call has
             proven it.
         machine: what was planned for; the report shows it.
+        required: numbers of outcomes. A call that refuses the kernel of one raises `Required`; the original serves calls after it.
 
     Raises:
         PlanConflict: two swaps for one place, or a module that is swapped already.
@@ -79,6 +81,7 @@ def apply(
     try:
         for i, swap in settings:
             switched = attention.install(model, swap, prover, every=every, compiled=compile)
+            switched.part.required = i in required
             applied.add(switched)
             applied.follow({i: switched.part})
         for path, numbered in swaps.items():
@@ -89,6 +92,8 @@ def apply(
                 applied.add(_Recorded(model, found))
             else:
                 slot = module_slot.install(modules[path], given, prover, every=every, compiled=compile, shared=shared)
+            for (i, _), part in zip(numbered, slot.parts, strict=True):
+                part.required = i in required
             applied.add(_OnModule(slot))
             applied.follow({i: part for (i, _), part in zip(numbered, slot.parts, strict=True)})
     except BaseException:

@@ -13,16 +13,22 @@ if TYPE_CHECKING:
     import torch.nn as nn
 
 
-def require(outcomes: Sequence[Outcome], wanted: Sequence[str], model: nn.Module | None = None) -> None:
+def require(outcomes: Sequence[Outcome], wanted: Sequence[str], model: nn.Module | None = None) -> frozenset[int]:
     """Every site that a glob of `wanted` names (a layer, a path, the end of a path) must be served by a kernel in the mode that
     it is in, and there must be one. `attention` names what `model` computes attention with, which its own setting decides.
+
+    Returns:
+        The numbers of the outcomes that are named.
 
     Raises:
         Required: some are not; every distinct reason is listed with its count.
     """
     problems = []
+    numbers: set[int] = set()
     for glob in wanted:
-        named = [o for o in outcomes if sites.named_by(glob, o.site)]
+        found = [i for i, o in enumerate(outcomes) if sites.named_by(glob, o.site)]
+        numbers.update(found)
+        named = [outcomes[i] for i in found]
         reasons: dict[str, list[str]] = {}
         for outcome in named:
             if (why := _unserved(outcome)) is not None:
@@ -39,6 +45,7 @@ def require(outcomes: Sequence[Outcome], wanted: Sequence[str], model: nn.Module
             asked=f"require={list(wanted)!r}",
             todo="The model is as it was. Take the name out of `require`, or remove what stands in the way.",
         )
+    return frozenset(numbers)
 
 
 def _unserved(outcome: Outcome) -> str | None:

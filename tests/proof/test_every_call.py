@@ -1,5 +1,6 @@
 """`check=` through the real path: what each mode catches, and what it costs, counted in forwards of the original."""
 
+import copy
 import os
 import pathlib
 import subprocess
@@ -11,6 +12,7 @@ import torch.nn as nn
 from tests.hub import kernel_files
 
 from kernelswap import Swapper
+from kernelswap.errors import Required
 from kernelswap.types import Row, Use
 
 N = 64
@@ -100,6 +102,52 @@ def test_one_call_stands_for_calls_of_every_size(world, rows, wrong):
     with torch.no_grad():
         assert torch.equal(norm(x), plain(norm, x))
     assert "differs in output" in applied.refusals[0][1]
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("check", ["first-use", "always"])
+def test_under_require_a_later_refusal_is_an_error_at_the_call_that_finds_it(world, check, training):
+    """Before anything is returned; naming site, tensor and error. Whoever catches it goes on with the original."""
+    swapper, kernel = world
+    torch.manual_seed(0)
+    model = nn.Sequential(Norm(), nn.Linear(N, N)).train(training)
+    applied = swapper().swap(model, require=["Norm"], check=check)
+    x, returned = torch.randn(3, N, requires_grad=training), []
+    model[0].register_forward_hook(lambda *_: returned.append(1))
+    if check == "always":
+        with torch.set_grad_enabled(training):
+            model(x)
+        assert len(returned) == 1
+    returned.clear()
+    kernel.WRONG.append(lambda _: True)
+    with torch.set_grad_enabled(training):
+        with pytest.raises(
+            Required, match=r"(?s)0 \(Norm\): dir://.* was refused at this call: differs in output.*error .*limit"
+        ) as e:
+            model(x)
+        assert returned == []
+        assert "call again to go on without the kernel" in str(e.value)
+        assert torch.equal(model(x), model[1](plain(model[0], x)))
+        assert type(model[0]).forward is Norm.forward
+    assert "differs in output" in applied.refusals[0][1]
+
+
+def test_a_refusal_of_what_is_not_required_is_no_error(world):
+    swapper, kernel = world
+    norm, _ = swapped(swapper, require=())
+    kernel.WRONG.append(lambda _: True)
+    x = torch.randn(3, N)
+    with torch.no_grad():
+        assert torch.equal(norm(x), plain(norm, x))
+
+
+def test_a_copy_of_a_model_requires_what_the_model_does(world):
+    swapper, kernel = world
+    norm, _ = swapped(swapper, require="Norm")
+    twin = copy.deepcopy(norm)
+    kernel.WRONG.append(lambda _: True)
+    with torch.no_grad(), pytest.raises(Required, match="differs in output"):
+        twin(torch.randn(3, N))
 
 
 def test_a_first_call_costs_one_more_forward_of_its_size_and_a_warm_start_none(world):

@@ -1,6 +1,7 @@
 """Attention as something that a swap switches: by the model's own setting, proved at the first real calls, given back exactly."""
 
 import copy
+import dataclasses
 import gc
 import io
 import pickle
@@ -121,8 +122,6 @@ def test_a_kernel_that_differs_is_refused_and_the_original_answers(model, swappe
     def wrong(self, text, *args, **kwargs):
         found = provide(self, text, *args, **kwargs)
         when = {"prompt": lambda q: q.shape[2] > 1, "one token": lambda q: q.shape[2] == 1, "raises": lambda q: q.nothing}
-        import dataclasses
-
         return dataclasses.replace(found, forward=Wrong(found.forward, when[name]))
 
     monkeypatch.setattr(type(swapper), "provide", wrong)
@@ -135,6 +134,18 @@ def test_a_kernel_that_differs_is_refused_and_the_original_answers(model, swappe
     assert reason in applied.explain(long=True)
     applied.undo()
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_required_kernel_that_differs_is_an_error_at_the_call_that_finds_it(model, swapper, monkeypatch):
+    expected = model(IDS).logits
+    found = swapper.provide(attention.SPEC, "cpu")
+    wrong = dataclasses.replace(found, forward=Wrong(found.forward, lambda q: q.shape[2] > 1))
+    monkeypatch.setattr(type(swapper), "provide", lambda *_, **__: wrong)
+    fresh = Swapper(offline=True, cache=swapper.store.cache / "required", table=())
+    with fresh.swap(model, attention=True, require="attention"):
+        with pytest.raises(Required, match=r"(?s)attention.* was refused at this call: differs in output"):
+            model(IDS)
+        assert torch.equal(model(IDS).logits, expected)
 
 
 def test_compiled_code_holds_the_kernel_once_it_is_proved(model, swapper):

@@ -267,6 +267,8 @@ class _Meeting:
                 self.met.add(kind)
                 service.settle(verdict, whole=True)
                 by_kernel = verdict.accepted
+                if self.part.required and not by_kernel:
+                    raise check.required(self.part, self.kernel, verdict)
         if self.counting:
             self.part.count(by_kernel=by_kernel)
         if output is not check.UNANSWERED:

@@ -18,6 +18,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from ..errors import Required
 from ..types import Implementation, Run, Verdict
 from . import classes, forwards, fused, rebuild
 from .state import Part, Place, Slot
@@ -143,6 +144,8 @@ class Conduct:
             for one in (module, source):
                 if one is not None:
                     classes.place(slot, one)
+        if part.required and not verdict.accepted:
+            raise required(part, kernel, verdict)
         if output is not UNANSWERED and slot.counting:
             part.count(by_kernel=verdict.accepted)
         return output
@@ -180,6 +183,16 @@ class Conduct:
             answer = original(*args, **kwargs)  # raises in turn what the caller did wrong, and then nothing is decided
             return answer, Verdict(accepted=False, reason=f"raised {type(e).__name__} while being checked: {e}")
         return (UNANSWERED if in_the_open else output), verdict
+
+
+def required(part: Part, kernel: Implementation, verdict: Verdict) -> Required:
+    """The kernel of a site that `require=` names was refused just now."""
+    spec = str(kernel.origin.candidate.requirement) if kernel.origin is not None else kernel.layer
+    return Required(
+        f"{part.site.path or 'the model itself'} ({part.site.layer}): {spec} was refused at this call: {verdict.reason}",
+        asked=f"require={part.site.layer!r}, and this is its first real call, or one that is checked again",
+        todo="The original serves it from now on: call again to go on without the kernel, or take the name out of `require`.",
+    )
 
 
 def _always(*_: Any, **__: Any) -> bool:

@@ -96,6 +96,8 @@ class Part:
     """Where it is for statements of the forward: the classes of the norms that they call."""
     inside: Part | None = None
     """The part whose statements make the call that this one is for: while that serves, this does not."""
+    required: bool = False
+    """A call that refuses its kernel is to raise."""
 
     @property
     def site(self) -> Site:
@@ -211,7 +213,14 @@ class Slot:
     def twin(self) -> Slot:
         """The same knowledge for a copy of the module, from here on on its own."""
         parts = tuple(
-            Part(p.swap, dataclasses.replace(p.inference), dataclasses.replace(p.training), dict(p.away), norms=p.norms)
+            Part(
+                p.swap,
+                dataclasses.replace(p.inference),
+                dataclasses.replace(p.training),
+                dict(p.away),
+                required=p.required,
+                norms=p.norms,
+            )
             for p in self.parts
         )
         for mine, theirs in zip(parts, self.parts, strict=True):
