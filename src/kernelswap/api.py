@@ -224,6 +224,7 @@ class Swapper(Provider):
             applied = self._applied[model] = apply(
                 model, outcomes, self.prover, check=check, compile=compiled, machine=self.machine, required=required
             )
+            applied.lock_folder = Path(lock) if lock is not None else None
             return applied
 
     def measure(

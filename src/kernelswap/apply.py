@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
-from . import render
+from . import locking, render
 from .errors import KernelSwapError, PlanConflict, UndoConflict
 from .replay import replays as recordings
 from .replay.replays import Replays
@@ -167,6 +167,8 @@ class Applied:
         self._parts: dict[int, Part] = {}
         self._installed: list[Installed] = []
         self._counted = False
+        self.lock_folder: Path | None = None
+        """The directory whose lock names what serves, where there is one."""
 
     def add(self, installed: Installed) -> None:
         """Take over something that is in the model now; `undo` takes it out, last in first."""
@@ -214,8 +216,13 @@ class Applied:
         """Everything as plain JSON values; see `report.facts.facts`. `calls` once counted, times only in `facts`."""
         return self.facts()
 
-    def facts(self, *, name: str = "", observed: Observed | None = None) -> dict[str, Any]:
-        """`report`, with a name for the model and with what a run measured."""
+    def facts(self, *, name: str = "", observed: Observed | None = None, lock: str | Path | None = None) -> dict[str, Any]:
+        """`report`, with a name for the model, with what a run measured, and with the lock of a directory (else: `swap(lock=)`).
+
+        Raises:
+            BadMetadata: the lock does not parse.
+        """
+        folder = self.lock_folder if lock is None else Path(lock)
         return facts(
             self.outcomes,
             graphs=self._graphs(),
@@ -226,15 +233,17 @@ class Applied:
             calls=self.calls if self._counted else None,
             calls_of_original=self.calls_of_original if self._counted else None,
             observed=observed,
+            lock=locking.there(folder) if folder is not None else None,
         )
 
-    def html(self, path: str | Path, *, name: str = "", observed: Observed | None = None) -> Path:
+    def html(self, path: str | Path, *, name: str = "", observed: Observed | None = None, lock: str | Path | None = None) -> Path:
         """Write the report as one page that needs no network, to read in a browser and to send to somebody. Returns its path.
 
         Args:
             path: of a file; one that is there is replaced.
             name: what to call the model; by default its class.
             observed: what a run measured (`kernelswap explain MODEL --html FILE --measure` makes one).
+            lock: a directory whose lock is compared with what serves; by default that of `swap(lock=)`.
 
         Raises:
             MissingDependency: Jinja or matplotlib is not installed.
@@ -243,7 +252,7 @@ class Applied:
         from .report.page import page
 
         path = Path(path)
-        path.write_text(page(self.facts(name=name, observed=observed)), encoding="utf-8")
+        path.write_text(page(self.facts(name=name, observed=observed, lock=lock)), encoding="utf-8")
         return path
 
     def explain(self, *, long: bool = False) -> str:

@@ -195,6 +195,16 @@ def former(folder: Path) -> Lock | None:
     return None
 
 
+def there(folder: Path) -> tuple[str, Lock | None]:
+    """The file that a folder's lock is in, or would be in, and what it says.
+
+    Raises:
+        BadMetadata: it does not parse.
+    """
+    name = next((name for name in (OURS, THEIRS) if (folder / name).is_file()), OURS)
+    return str(folder / name), former(folder)
+
+
 def _build(source: Source, candidate: Candidate) -> LockedBuild:
     with tempfile.TemporaryDirectory() as folder:
         source.fetch(candidate, Path(folder))

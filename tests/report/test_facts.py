@@ -220,3 +220,58 @@ def test_what_was_replayed_is_said_in_words():
     words = text.sections(found)
     assert all(str(value) in words for _, value in leaves(found["graphs"]))
     assert all(why in words for name in ("not_replayed", "refused", "renewed") for why in graphs[name])
+
+
+# -- the lock -------------------------------------------------------------------------------------------------------
+
+
+def test_the_lock_that_there_would_be_names_every_build_that_serves(facts):
+    (kernel,) = facts["kernels"]
+    (locked,) = facts["lock"]["kernels"]
+    assert (locked["commit"], locked["digest"], locked["variant"]) == (kernel["commit"], kernel["digest"], kernel["variant"])
+    assert locked["matches"] is None
+    assert not facts["lock"]["exists"]
+
+
+def test_the_report_says_whether_the_lock_there_is_still_holds(measured, tmp_path):
+    from dataclasses import replace
+
+    from kernelswap import locking
+
+    _, applied, _ = measured
+    folder = tmp_path / "project"
+    folder.mkdir()
+    lock = locking.of_model(applied.outcomes)
+    (entry,) = lock.entries
+    (build,) = entry.builds
+    says = [
+        (lock, True, "as in the lock"),
+        (replace(lock, entries=(replace(entry, commit="f" * 40),)), False, "the lock has commit ffffffffffff"),
+        (
+            replace(lock, entries=(replace(entry, builds=(replace(build, tree="0" * 64),)),)),
+            False,
+            f"the lock has digest {'0' * 64}",
+        ),
+        (replace(lock, entries=(replace(entry, builds=()),)), None, "as in the lock, which has no digest of this build"),
+        (replace(lock, entries=()), False, "the lock does not name it"),
+    ]
+    assert f"A lock of what serves has 1 entry; there is no {folder / 'kernelswap.lock'}." in text.sections(
+        applied.facts(lock=folder)
+    )
+    for there, matches, words in says:
+        (folder / "kernelswap.lock").write_text(there.dumps())
+        found = applied.facts(lock=folder)["lock"]
+        assert (found["kernels"][0]["matches"], found["kernels"][0]["says"]) == (matches, words)
+        said = text.sections(applied.facts(lock=folder))
+        assert words in said
+        assert ("says something else of 1 of 1 builds" in said) == (matches is False)
+        page = applied.html(tmp_path / "page.html", lock=folder).read_text()
+        assert words in page
+
+
+def test_a_swap_that_writes_a_lock_is_reported_with_it(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 4))
+    swapper = Swapper(cache=tmp_path / "cache", table=(), offline=True)
+    with swapper.swap(model, lock=tmp_path) as applied:
+        assert applied.report["lock"]["file"] == str(tmp_path / "kernelswap.lock")
+        assert applied.report["lock"]["kernels"] == []

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from .. import render
 from .._version import __version__
+from ..lock import Lock
 from ..types import Artifact, Choice, Kept, Machine, Outcome, Site, Swap
+from .locked import locked
 from .observed import Observed, Share
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ def facts(  # noqa: PLR0913  # what a report is made of
     calls_of_original: Mapping[str, int] | None = None,
     observed: Observed | None = None,
     graphs: Mapping[str, Any] | None = None,
+    lock: tuple[str, Lock | None] | None = None,
 ) -> dict[str, Any]:
     """What `Applied.report` holds and every form of the report shows.
 
@@ -39,9 +42,10 @@ def facts(  # noqa: PLR0913  # what a report is made of
         calls_of_original: of swapped sites that the original served all the same.
         observed: times and shares, where they were measured.
         graphs: what was recorded and replayed; None where nothing is to be.
+        lock: the file that locks kernels here, and what it says, or None where there is no such file.
 
     `swapped` sites have a kernel in some mode, `serving` ones in the mode that they are in. `outcomes` has one object a site, `kinds` one for each group of sites of which the same was found, `kernels` one for
-    each build in use, `modules` one for each module in the order of `named_modules`. What was not measured is null.
+    each build in use, `lock` what a lock of these says and whether the one there is says it, `modules` one for each module in the order of `named_modules`. What was not measured is null.
     """
     refused = _refusals(refusals, observed)
     return {
@@ -54,6 +58,7 @@ def facts(  # noqa: PLR0913  # what a report is made of
         "outcomes": render.outcomes_json(outcomes, calls=calls),
         "refusals": refused,
         "kernels": _kernels(outcomes),
+        "lock": _lock(outcomes, lock),
         "modules": _modules(model),
         "calls": dict(calls) if calls is not None else None,
         "calls_of_original": dict(calls_of_original) if calls_of_original is not None else None,
@@ -200,3 +205,10 @@ def _kernels(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
         for digest in {k.origin.digest for k in served}:
             found[digest]["sites"] += 1
     return list(found.values())
+
+
+def _lock(outcomes: Sequence[Outcome], lock: tuple[str, Lock | None] | None) -> dict[str, Any]:
+    chosen = (c.implementation for o in outcomes for c in _choices(o))
+    kernels = {k.origin.digest: k.origin for i in chosen if i is not None for k in i.kernels}
+    file, there = lock or (None, None)
+    return locked(kernels.values(), there, file)

@@ -51,6 +51,7 @@ def page(facts: Mapping[str, Any]) -> str:
         headline=words.headline(facts),
         tiles=words.tiles(facts),
         phases=words.phases(facts),
+        locked=words.lock_line(facts["lock"]),
         steps=words.graphs(facts["graphs"]) if facts["graphs"] is not None else [],
         speed_of=words.speed_of(facts),
         pictures=pictures,

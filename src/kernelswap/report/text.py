@@ -75,6 +75,7 @@ def sections(facts: Facts) -> str:
     parts.append(graphs(facts["graphs"]) if facts["graphs"] is not None else [])
     parts.append(_measured(facts, observed))
     parts += [_kernel(k) for k in facts["kernels"]]
+    parts.append(_lock(facts["lock"]))
     if facts["machine"] is not None:
         parts.append(["this machine", *_machine(facts["machine"])])
     return "\n\n".join("\n".join(lines) for lines in parts if lines)
@@ -138,6 +139,26 @@ def _kernel(k: Facts) -> list[str]:
     lines.append(f"  id {k['id']}, version {k['version']}, licence {k['license']}")
     lines += [f"  needs {name}" for name in k["depends"]]
     return lines + [f"  {e['verifier']}: {e['statement']}" for e in k["evidence"]]
+
+
+def lock_line(lock: Facts) -> str:
+    """Whether what serves is locked, in a sentence."""
+    n = len(lock["kernels"])
+    if not lock["exists"]:
+        where = f"; there is no {lock['file']}" if lock["file"] else ""
+        return f"A lock of what serves has {n} {'entry' if n == 1 else 'entries'}{where}."
+    wrong = sum(k["matches"] is False for k in lock["kernels"])
+    return f"{lock['file']} " + ("says the same." if not wrong else f"says something else of {wrong} of {n} builds.")
+
+
+def _lock(lock: Facts) -> list[str]:
+    if not lock["kernels"]:
+        return []
+    rows = [
+        f"  {k['asked']} {k['variant']}: commit {k['commit']}, digest {k['digest']}{': ' + k['says'] if k['says'] else ''}"
+        for k in lock["kernels"]
+    ]
+    return [lock_line(lock), *rows]
 
 
 def _machine(machine: Facts) -> list[str]:

@@ -58,6 +58,12 @@ def command(
     measure: Annotated[
         bool, typer.Option("--measure", help="Run the model: errors site by site, times, shares of a step, calls.")
     ] = False,
+    lock: Annotated[
+        Path | None,
+        typer.Option(
+            "--lock", help="Compare with the lock of this directory; default: the model's own, else this one.", metavar="DIR"
+        ),
+    ] = None,
     seconds: Annotated[
         float, typer.Option("--seconds", help="Time for taking times, with --measure.", min=0.1, metavar="S")
     ] = 12.0,
@@ -72,10 +78,12 @@ def command(
     --measure it is also run, with kernels and without, on a text that comes with kernelswap.
     Exit code 1: nothing would be swapped.
     """
+    from ... import locking
     from ...bench import subject
     from ...report.facts import facts
     from ...sbom import bill
 
+    folder = lock or (Path(model) if Path(model).is_dir() else Path())
     with progress(quiet=as_json) as report:
         report("loading the model", 0, 0)
         loaded = subject.load(model, device=where(device), dtype=dtype, offline=offline or bundle is not None)
@@ -88,10 +96,11 @@ def command(
 
             applied, observed = observe(loaded, outcomes, swapper.machine, device=where(device), seconds=seconds, progress=report)
             with applied:
-                data = applied.facts(name=loaded.name, observed=observed)
+                data = applied.facts(name=loaded.name, observed=observed, lock=folder)
                 outcomes = applied.outcomes
         else:
-            data = facts(outcomes, model=loaded.model, name=loaded.name, machine=swapper.machine)
+            there = locking.there(folder)
+            data = facts(outcomes, model=loaded.model, name=loaded.name, machine=swapper.machine, lock=there)
         if html is not None:
             _page(html, data)
     swapped = data["swapped"]
