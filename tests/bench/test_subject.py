@@ -52,6 +52,12 @@ def test_a_model_that_is_not_there_is_one_sentence(tmp_path):
     assert "nowhere" in str(e.value)
 
 
+def test_a_model_without_a_tokenizer_is_one_sentence_too(tmp_path, demo):
+    demo.model.save_pretrained(tmp_path)
+    with pytest.raises(KernelSwapError, match="there is no tokenizer with it"):
+        subject.load(str(tmp_path), device="cpu", dtype="auto", offline=True)
+
+
 def test_a_dtype_that_is_none_names_those_that_are():
     with pytest.raises(KernelSwapError, match="bfloat16"):
         subject.load(str(MINILM), dtype="int8")

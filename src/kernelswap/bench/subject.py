@@ -215,6 +215,12 @@ def _prompt(subject: Subject, device: str) -> None:
         batch = subject.tokenizer(sentences, return_tensors="pt", padding=True, truncation=True, max_length=limit)
     else:
         ids = subject.tokenizer(TEXT, add_special_tokens=False)["input_ids"]
+        if not ids:  # Transformers makes an empty one where there are no files
+            raise KernelSwapError(
+                "there is no tokenizer with it that makes tokens of a text",
+                asked=f"the model {subject.name!r}",
+                todo="save one beside the weights: tokenizer.save_pretrained(DIRECTORY)",
+            )
         ids = (ids * -(-limit // len(ids)))[: max(1, limit - 64 if limit < PROMPT_TOKENS else limit)]
         subject.prompt = subject.tokenizer.decode(ids)
         batch = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
