@@ -12,6 +12,7 @@ Triton), in which the kernels run on CPU tensors, slowly: that is how they are t
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -33,17 +34,28 @@ else:  # nothing to ask: what a CPU tensor's `get_device()` says, and a stream t
     def current_device() -> int:
         return -1
 
+_HERE = nullcontext()
+
+
+def on(device: int) -> Any:
+    """A context in which `device` is the current one. Nothing where it is already: `torch.cuda.device` costs 4 us a time."""
+    return _HERE if device == current_device() else torch.cuda.device(device)
+
+
 Launch = Callable[..., None]
 """`launch(blocks, stream, *args)`: tensors or integers that are pointers, then numbers, in the kernel's order."""
 
 
-def bind(fn: Any, args: tuple[Any, ...], *, device: int, num_warps: int, num_stages: int = 3, **constants: Any) -> Launch:
+def bind(fn: Any, args: tuple[Any, ...], *, device: int, num_warps: int, num_stages: int = 3, overlap: bool = False, **constants: Any) -> Launch:
     """Compile `fn` for arguments like `args` (tensors decide dtype and alignment) on `device`.
 
     Constants must be the last parameters of `fn`, in the order given. `args` are not touched: nothing runs.
+    overlap: the launch may begin before the kernel ahead of it on the stream has ended, and `fn` waits for that one itself
+    (programmatic dependent launch, compute capability 9.0 on).
     """
+    more = {"launch_pdl": True} if overlap else {}
     with torch.cuda.device(device):
-        kernel = fn.warmup(*args, grid=(1,), num_warps=num_warps, num_stages=num_stages, **constants)
+        kernel = fn.warmup(*args, grid=(1,), num_warps=num_warps, num_stages=num_stages, **more, **constants)
         if hasattr(kernel, "result"):  # compiled in a pool
             kernel = kernel.result()
         fast = _raw(kernel, len(constants))
@@ -59,7 +71,7 @@ def bind(fn: Any, args: tuple[Any, ...], *, device: int, num_warps: int, num_sta
 
     def slow(blocks: int, stream: int, *call: Any) -> None:  # noqa: ARG001 -- Triton takes the current stream
         given = map(pointer, call, examples)
-        fn[(blocks,)](*given, num_warps=num_warps, num_stages=num_stages, **constants)
+        fn[(blocks,)](*given, num_warps=num_warps, num_stages=num_stages, **more, **constants)
 
     return slow
 

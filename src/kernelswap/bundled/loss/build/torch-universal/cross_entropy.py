@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import INTERPRETED, bind, current_stream
+from ._launch import INTERPRETED, bind, current_stream, on
 from .formula import Terms
 from .formula import losses as formula
 
@@ -131,12 +131,14 @@ def sweep(
     numbers = (terms.smoothing, terms.z_loss, terms.pre, terms.post)
     launch = _bound.get(key)
     if launch is None:
+        # 32 warps fill a multiprocessor with one row; terms that keep more beside each logit would spill at 16384
+        block = min(8192 if modes[0] == 2 or modes[1] else 16384, triton.next_power_of_2(vocab))
         launch = _bound[key] = bind(
-            _sweeps, (z, target, loss, lse, out, by, -100, 0.5, 0.5, 0.5, 0.5), device=device, num_warps=8,
-            V=vocab, BLOCK=min(4096, triton.next_power_of_2(vocab)), STAGES=4,
+            _sweeps, (z, target, loss, lse, out, by, -100, 0.5, 0.5, 0.5, 0.5), device=device,
+            num_warps=max(4, min(32, block // 256)), V=vocab, BLOCK=block, STAGES=1,
             SHAPE=modes[0], SMOOTH=modes[1], LOSSES=modes[2], GRAD=modes[3], STEP=modes[4],
         )  # fmt: skip
-    with torch.cuda.device(device):
+    with on(device):
         launch(
             rows, current_stream(device), z.data_ptr(), target.data_ptr(), loss.data_ptr(), lse.data_ptr(), out.data_ptr(),
             by.data_ptr(), terms.ignore, *map(float, numbers),
@@ -155,7 +157,7 @@ def scaled(dz: Tensor, by: Tensor) -> Tensor:
     if launch is None:
         example = (1 << 32 if n > 2147483647 else 4096) + (n & 15 != 0)
         launch = _scales[key] = bind(_scale, (dz, by, example), device=device, num_warps=8, BLOCK=8192)
-    with torch.cuda.device(device):
+    with on(device):
         launch(-(-n // 8192), current_stream(device), dz.data_ptr(), by.data_ptr(), n)
     return dz
 
