@@ -1,9 +1,10 @@
-"""Decode on a GPU: `python benchmarks/gpu_decode.py [OUT.json] [0.6b] [8b] [--compile] [--only=static|dynamic]`.
+"""Decode on a GPU: `python benchmarks/gpu_decode.py [OUT.json] [0.6b] [8b] [--compile [--long]] [--only=static|dynamic] [--add]`.
 
 Random weights in bf16, context 1024. Static cache: the original, the swapped model with graphs, and, with `--compile`, the original
 as generate() compiles it by itself (reduce-overhead). A step inside generate() is the difference of two lengths; a bare step is a
 loop of forwards. Dynamic cache: plain generate() at lengths never met, the original against `swap(attention=True)`.
-Greedy tokens are compared; where they first differ, the original's own two best logits there are told.
+Greedy tokens are compared; where they first differ, the original's own two best logits there are told. `--long`: the compiled 8B at
+batch 1, too. `--add`: rows of OUT.json that this run does not measure stay.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from typing import Any
 
 import torch
 from gpu_generate import resolution
-from gpu_model import SIZES, model
+from gpu_model import SIZES, add, keep, model
 from gpu_model import tokens as random_tokens
-from gpu_timing import CUDA, empty_cache, synchronize, write
+from gpu_timing import CUDA, empty_cache, synchronize
 from transformers import StaticCache
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
@@ -29,13 +30,10 @@ import kernelswap as ks
 CONTEXT, SHORT, LONG, COUNT = (1024, 16, 80, 48) if CUDA else (24, 4, 8, 4)
 BATCHES = (1, 32) if CUDA else (1, 2)
 LENGTHS = (301, 517, 733, 949) if CUDA else (11, 17)
-ROWS: list[dict[str, object]] = []
 
 
 def row(what: str, **found: object) -> None:
-    ROWS.append({"row": what, **found})
-    for path in (a for a in sys.argv[1:] if a.endswith(".json")):
-        write(ROWS, Path(path))
+    add({"row": what, **found})
     print(f"{what:44} " + "  ".join(f"{k} {v}" for k, v in found.items()), flush=True)
 
 
@@ -111,7 +109,7 @@ def static(size: str, original: Any, swapped: Any) -> None:
         row(f"{size} static batch {batch} bare step", ms=bare, speedup=round(bare["original"] / bare["graphs"], 2))
         print(applied.explain(), flush=True)
         applied.undo()
-        if "--compile" in sys.argv and (size, batch) != ("8b", 1):
+        if "--compile" in sys.argv and ((size, batch) != ("8b", 1) or "--long" in sys.argv):
             torch._dynamo.reset()
             first = timed(lambda o=original, i=ids: generate(o, i, 4)) / 1e3
             compiled_ms, spread = step_in_generate(original, ids)
@@ -149,6 +147,8 @@ def dynamic(size: str, original: Any, swapped: Any) -> None:
 
 
 if __name__ == "__main__":
+    if "--add" in sys.argv:
+        keep(sys.argv[1:])
     only = next((a.partition("=")[2] for a in sys.argv if a.startswith("--only=")), "")
     for name in [a for a in sys.argv[1:] if a in SIZES] or ["0.6b" if CUDA else "tiny"]:
         plain = model(name)

@@ -105,6 +105,13 @@ def add(entry: dict[str, object]) -> None:
         write(ROWS, Path(path))
 
 
+def keep(argv: list[str]) -> None:
+    """Go on from the rows that the file has."""
+    for path in (Path(a) for a in argv if a.endswith(".json")):
+        if path.is_file():
+            ROWS.extend(json.loads(path.read_text())["rows"])
+
+
 def tokens(*shape: int, of: Any = None) -> torch.Tensor:
     return torch.randint(0, 150_000 if of is None else of.config.vocab_size - 1, shape, device=DEVICE)
 
@@ -304,9 +311,8 @@ def main(argv: list[str]) -> None:
     sizes = [s for s in argv if s in SIZES] or ["0.6b"]
     if not CUDA and sizes != ["tiny"]:
         raise SystemExit("this benchmark needs an NVIDIA GPU; PyTorch sees none here")
-    for path in (Path(a) for a in argv if a.endswith(".json")):
-        if "--add" in asked and path.is_file():
-            ROWS.extend(json.loads(path.read_text())["rows"])
+    if "--add" in asked:
+        keep(argv)
     if "train200" in parts:
         trained()
         parts.discard("train200")

@@ -1,12 +1,20 @@
 """`kernelswap bench`: a model's candidates by size of call, the whole model with what won; and our own benchmarks."""
 
+import ast
 import json
+import pathlib
+import sys
 
 import pytest
 from tests.cli.test_demo import environment, run
 
 from kernelswap.bench import ours
 from kernelswap.errors import KernelSwapError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 
 @pytest.fixture(scope="module")
@@ -81,21 +89,8 @@ def test_the_same_command_goes_on_and_measures_nothing_twice(done, checkpoint, w
 
 @pytest.mark.slow
 def test_the_benchmark_of_the_kernels_runs_here_and_keeps_to_its_time(warm_cache, tmp_path):
-    argv = (
-        "-m",
-        "kernelswap",
-        "bench",
-        "kernels",
-        "--device",
-        "cpu",
-        "--threads",
-        "1",
-        "--time-budget",
-        "25",
-        "--json",
-        "--out",
-        "k.json",
-    )
+    budget = ("--time-budget", "45")  # compiling the kernels is part of it
+    argv = ("-m", "kernelswap", "bench", "kernels", "--device", "cpu", "--threads", "1", *budget, "--json", "--out", "k.json")
     process = run(*argv, env=environment(warm_cache, tmp_path), cwd=tmp_path)
     assert process.returncode == 0, process.stderr
     data = json.loads(process.stdout)
@@ -109,11 +104,27 @@ def test_a_benchmark_that_is_not_for_this_device_is_said(capsys):
     from kernelswap.cli import main
 
     with pytest.raises(KernelSwapError, match="kernels for cpu, cuda, none for mps"):
-        ours.script("kernels", "mps:0")
+        ours.scripts("kernels", "mps:0")
     assert main(["bench", "kernels", "--device", "cpu", "--hub"]) != 0
     assert "takes no --hub" in capsys.readouterr().err
     assert main(["bench", "demo", "--quick"]) != 0
     assert "--quick and --only are for `bench kernels`" in capsys.readouterr().err
+
+
+def test_every_script_is_there_and_in_the_wheel_with_what_it_imports():
+    root = pathlib.Path(__file__).parents[2]
+    included = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
+    names = {p.removeprefix("benchmarks/").removesuffix(".py") for p in included if p.startswith("benchmarks/")}
+    for what, kind in ours.SCRIPTS:
+        for file, _ in ours.scripts(what, kind):
+            todo, seen = [file.stem], set()
+            while todo:
+                seen.add(name := todo.pop())
+                tree = ast.parse((root / "benchmarks" / f"{name}.py").read_text())
+                imports = [n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module]
+                imports += [a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names]
+                todo += [i for i in imports if (root / "benchmarks" / f"{i}.py").is_file() and i not in seen]
+            assert seen <= names, f"not in the wheel: {sorted(seen - names)}"
 
 
 def test_a_plot_that_cannot_be_written_is_refused_before_the_work(capsys, tmp_path):
