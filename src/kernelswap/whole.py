@@ -63,7 +63,10 @@ def outcomes(
     with_attention = wanted.attention
     if wanted.graphs:
         taken = any(isinstance(o, Swap) and not o.site.path for o in planned)
-        found.append(site.outcome(model, differs, taken=taken, replacing=wanted.replacing, off=off))
+        device = next((p.device for p in model.parameters()), None)
+        writes = kernel("kernelswap/attention:append_token", str(device)) if device is not None and device.type == "cuda" else ""
+        append = None if isinstance(writes, str) else writes.forward
+        found.append(site.outcome(model, differs, append=append, taken=taken, replacing=wanted.replacing, off=off))
         with_attention = isinstance(found[0], Swap) if with_attention is None else with_attention
     if with_attention:
         found += attention.outcomes(model, kernel, replacing=wanted.replacing)

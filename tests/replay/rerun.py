@@ -60,9 +60,9 @@ def tensors(output):
     return [t for t in pytree.tree_leaves(dict(output)) if isinstance(t, torch.Tensor)]
 
 
-def recorded(model, recorder=None, swapper=None, **wanted):
+def recorded(model, recorder=None, swapper=None, append=None, **wanted):
     """`swap(model, graphs=True)` with that recorder."""
     swapper = swapper or Swapper(offline=True)
     planned = swapper.plan(model, **{"table": None, **wanted})
-    whole = site.outcome(model, differs, recorder or Rerun())
+    whole = site.outcome(model, differs, recorder or Rerun(), append=append)
     return apply(model, (whole, *planned), swapper.prover)

@@ -7,6 +7,7 @@ import weakref
 
 import pytest
 import torch
+from packaging.version import Version
 from tests.replay.rerun import Rerun, recorded
 from tests.swapping import frozen
 
@@ -51,11 +52,59 @@ def generated(model, ids=None, tokens=10, **more):
     return model.generate(ids, max_new_tokens=tokens, **{**STATIC, **more})
 
 
+needs_lengths = pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.13"),
+    reason="before 5.13 the caller says the position, and layers keep no length",
+)
+
+
 def facts(applied):
     return applied.report["graphs"]
 
 
 # -- the same tokens ------------------------------------------------------------------------------------------------
+
+
+def by_index(k, v, k_cache, v_cache, at):
+    """What the kernel that writes a token into the cache does."""
+    k_cache.index_copy_(2, at.reshape(1), k)
+    v_cache.index_copy_(2, at.reshape(1), v)
+    return True
+
+
+@needs_lengths
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_kernel_writes_the_token_and_all_lengths_grow_together(model, recorder, swapper, batch):
+    expected, written = generated(model, prompt(batch)), []
+
+    def append(k, *rest):
+        written.append(k.shape)
+        return by_index(k, *rest)
+
+    applied = recorded(model, recorder, swapper, append=append)
+    for _ in range(2):
+        assert torch.equal(generated(model, prompt(batch)), expected)
+    assert facts(applied)["replayed"] == (9 - 2) + 9
+    assert len(set(written)) == 1
+    assert applied.refusals == ()
+    assert recorder.recordings == 1
+
+
+@needs_lengths
+def test_where_that_kernel_does_not_serve_the_cache_writes_by_itself(model, recorder, swapper):
+    expected = generated(model)
+    recorded(model, recorder, swapper, append=lambda *_: False)
+    assert torch.equal(generated(model), expected)
+    assert recorder.recordings == 1
+
+
+@needs_lengths
+def test_a_kernel_that_writes_something_else_is_found_by_the_first_replay(model, recorder, swapper):
+    expected = generated(model)
+    applied = recorded(model, recorder, swapper, append=lambda k, v, *rest: by_index(k * 1.5, v, *rest))
+    assert torch.equal(generated(model), expected)
+    assert facts(applied)["replayed"] == 0
+    assert any("a replay differs" in why for why in facts(applied)["refused"])
 
 
 @pytest.mark.parametrize("batch", [1, 4])

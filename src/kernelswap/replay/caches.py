@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from .step import Unfit
 
+Append = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], bool]
+"""`append(k, v, k_cache, v_cache, at)`: written at that position, or False and nothing done."""
 _NAMES = ("keys", "values", "cumulative_length")
 """Tensors of a `StaticLayer`; the length is one since 5.13, before it the caller says the position."""
 
@@ -92,11 +95,25 @@ class Buffers:
             for name in self.names:
                 setattr(layer, name, next(mine))
 
-    def stand_in(self, cache: Any) -> Any:
-        """A cache with the same tensors, for a recording to run on: that must not keep its owner alive."""
+    def stand_in(self, cache: Any, append: Append | None = None) -> tuple[Any, Callable[[], None]]:
+        """A cache with the same tensors, for a recording to run on: that must not keep its owner alive.
+
+        The second value is to be called at the end of the run: with `append`, a layer's update is one launch instead of five,
+        and the lengths of all layers move together, then.
+        """
         twin = copy.copy(cache)
         twin.layers = [copy.copy(layer) for layer in cache.layers]
-        return twin
+        grown: list[Tensor] = []
+        if append is not None and _NAMES[2] in self.names:
+            for layer in twin.layers:
+                layer.update = _updating(layer, append, grown)
+
+        def end() -> None:
+            if grown:
+                torch._foreach_add_(grown, 1)  # as torch's optimisers do
+                grown.clear()
+
+        return twin, end
 
     # -- one step back ----------------------------------------------------------------------------------------------
 
@@ -123,6 +140,24 @@ class Buffers:
     def _at(self, position: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
         step = len(self.names)
         return [(t, p) for i, p in enumerate(position) for t in self.tensors[i * step : i * step + 2]]
+
+
+def _updating(layer: Any, append: Append, grown: list[Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """`layer.update`, its one token written by `append`. Its length goes to `grown`, and is one short until somebody adds to that."""
+    plain = type(layer).update
+
+    def update(key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        length = layer.cumulative_length
+        if any(length is t for t in grown):  # a second token in one step
+            length.add_(1)
+            grown[:] = [t for t in grown if t is not length]
+        if append(key_states, value_states, layer.keys, layer.values, length):
+            grown.append(length)
+            return layer.keys, layer.values
+        found: tuple[Tensor, Tensor] = plain(layer, key_states, value_states, *args, **kwargs)
+        return found
+
+    return update
 
 
 def _same(a: Any, b: Any) -> bool:

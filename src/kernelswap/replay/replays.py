@@ -71,10 +71,11 @@ class Replays:
         original: called as `original(model, *args, **kwargs)`.
         recorder: what records.
         differs: compares what a first replay gave with what the step gives without.
+        append: writes a token into the cache while recording, where it can; else the cache does.
     """
 
-    def __init__(self, original: Forward, recorder: Recorder, differs: Differs) -> None:
-        self.original, self.recorder, self.differs = original, recorder, differs
+    def __init__(self, original: Forward, recorder: Recorder, differs: Differs, append: caches.Append | None = None) -> None:
+        self.original, self.recorder, self.differs, self.append = original, recorder, differs, append
         self.kinds: OrderedDict[Any, _Kind] = OrderedDict()
         self.watch: watch.Watch | None = None
         self.lock = threading.RLock()
@@ -87,7 +88,7 @@ class Replays:
 
     def twin(self) -> Replays:
         """The same for a copy of the model: it records for itself."""
-        return Replays(self.original, self.recorder, self.differs)
+        return Replays(self.original, self.recorder, self.differs, self.append)
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One call of the model."""
@@ -198,15 +199,22 @@ class Replays:
         after, position = buffers.lengths(), before
         written = buffers.written(position)
         buffers.go_to(before)
-        stand_in = buffers.stand_in(now.cache)
+        stand_in, end = buffers.stand_in(now.cache, self.append)
         inner_args, inner_kwargs = step.replaced(args, kwargs, inputs, stand_in)
         root = weakref.ref(model)
+
+        def run() -> Any:
+            output = self.original(root(), *inner_args, **inner_kwargs)
+            end()
+            return output
+
         try:
-            recording = self.recorder.record(lambda: self.original(root(), *inner_args, **inner_kwargs), device)
+            recording = self.recorder.record(run, device)
             recorded = _Recorded(inputs, buffers, recording, stand_in)
             self._in_order(now.cache)
             replayed = recorded.run(now.tensors, now.cache)
-            why = self._compared((replayed, answer), now.cache, (buffers.written(position), written))
+            kept = [*buffers.written(position), *buffers.lengths()], [*written, *after]
+            why = self._compared((replayed, answer), now.cache, kept)
             why = f"a replay differs from the step itself: {why}" if why is not None else None
         except Exception as e:  # noqa: BLE001  # a model may do anything that cannot be recorded; the reason is kept
             first = _first(e)

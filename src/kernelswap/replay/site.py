@@ -26,6 +26,7 @@ def outcome(
     differs: Differs,
     recorder: Recorder | None = None,
     *,
+    append: caches.Append | None = None,
     taken: bool = False,
     replacing: bool = False,
     off: str = "",
@@ -36,6 +37,7 @@ def outcome(
         model: whose `forward` generate() calls.
         differs: see `Replays`.
         recorder: by default CUDA graphs.
+        append: see `Replays`.
         taken: whether the model itself, not what is in it, gets another kernel.
         replacing: a swap of ours on it is going to be undone first.
         off: why nothing is to be done at all.
@@ -72,7 +74,7 @@ def outcome(
     found = Implementation(
         layer="CUDAGraph",
         kind="module",
-        forward=forward(original, Replays(original.forward, recorder, differs)),
+        forward=forward(original, Replays(original.forward, recorder, differs, append)),
         backward=False,  # a call with gradients, and a model in training mode, has its own forward
         compiles=False,  # so has code that is compiled
         origin=_origin("captured" if isinstance(recorder, CudaGraphs) else type(recorder).__name__),

@@ -6,10 +6,12 @@ Works with nothing else installed, on every device and dtype that PyTorch's atte
 Triton kernel of its own where Triton is importable. Forward and backward, except for that one token.
 """
 
+from .dense import append_token
 from .flash import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
 from .forward import flash_attn_forward, supports_flash_attn, supports_lengths
 
 __all__ = [
+    "append_token",
     "flash_attn_forward",
     "flash_attn_func",
     "flash_attn_varlen_func",

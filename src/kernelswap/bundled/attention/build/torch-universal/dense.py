@@ -121,6 +121,17 @@ def decode(
     return out
 
 
+def append_token(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, at: Tensor) -> bool:
+    """Write one token's k (B, HK, 1, D) and v (B, HK, 1, DV) into caches (B, HK, L, D or DV) at position `at`, one integer on the device.
+
+    One launch. False, and nothing done, where the Triton kernel does not serve: write with `index_copy_` then.
+    """
+    if not k.is_cuda or is_compiling() or torch.jit.is_tracing() or torch.version.hip is not None:
+        return False
+    module = _triton_kernel()
+    return module is not None and bool(module.append(k, v, k_cache, v_cache, at))
+
+
 _decode_module: list[object] = []
 
 
