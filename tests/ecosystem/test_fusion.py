@@ -366,3 +366,162 @@ def test_on_a_cpu_the_default_table_leaves_the_statements_alone(layers_build, tm
     swapper = ks.Swapper(cache=compiled_cache(tmp_path, layers_build), offline=True)
     applied = swapper.swap(make("qwen3"), skip=["residual_norm", "norm_rotary"])  # no mistake: a script may run on either device
     assert not {o.site.layer for o in applied.outcomes} & {"residual_norm", "norm_rotary"}
+
+
+# -- across the border of layers ------------------------------------------------------------------------------------
+
+
+def counted_kernels(applied, monkeypatch):
+    """A list that grows by `norm` or `both` with every call of the bundled functions, whoever calls them."""
+    layers = next(o.inference.implementation for o in applied.outcomes if o.site.layer == "residual_norm").forward.__globals__
+    calls = []
+    for name, said in (("rms_norm", "norm"), ("add_rms_norm", "both")):
+
+        def noted(*args, of=layers[name], said=said, **more):
+            calls.append(said)
+            return of(*args, **more)
+
+        monkeypatch.setitem(layers, name, noted)
+    return calls
+
+
+def settled(swapper, kind, **more):
+    model = make(kind, **more)
+    plain = logits(model)
+    applied = swapper.swap(model)
+    for _ in range(3):  # the norms are proved, and it is seen which one follows which sum
+        close(logits(model), plain)
+    return model, plain, applied
+
+
+@pytest.mark.parametrize("kind", FUSED)
+def test_the_first_norm_of_a_layer_is_made_with_the_last_sum_of_the_layer_before(swapper, kind, monkeypatch):
+    model, plain, applied = settled(swapper, kind, num_hidden_layers=3)
+    calls = counted_kernels(applied, monkeypatch)
+    close(logits(model), plain)
+    sums = calls.count("both")
+    assert sums == 3 + 2  # one inside of each layer, one across each border
+    norms = {"llama": 2, "mistral": 2, "qwen2": 2, "qwen3": 2 + 6, "gemma2": 2 + 6, "gemma3_text": 2 + 6 + 6}[kind]
+    assert calls.count("norm") == norms  # the first of all, the last of all, and those inside of the layers
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "gemma3_text"])
+def test_sums_that_are_recorded_are_the_sums(swapper, kind):
+    model, _, _ = settled(swapper, kind)
+    with torch.no_grad():
+        close(model(IDS, output_hidden_states=True).hidden_states, make(kind)(IDS, output_hidden_states=True).hidden_states)
+
+
+def test_a_hook_that_changes_a_sum_in_place_or_replaces_it_changes_what_follows(swapper):
+    model, _, _ = settled(swapper, "llama")
+    plain = make("llama")
+
+    def in_place(module, args):
+        args[0].mul_(1.5)
+
+    def other(module, args):
+        return (args[0] * 1.5, *args[1:])
+
+    for hook in (in_place, other):
+        handles = [m.model.layers[1].register_forward_pre_hook(hook) for m in (model, plain)]
+        close(logits(model), logits(plain))
+        for handle in handles:
+            handle.remove()
+    close(logits(model), logits(plain))
+
+
+@pytest.mark.parametrize("where", ["layer", "norm"])
+def test_hooks_on_a_layer_or_on_its_first_norm_see_what_they_saw(swapper, where):
+    model, _, _ = settled(swapper, "qwen3")
+    plain, seen = make("qwen3"), []
+    for one in (model, plain):
+        hooked = one.model.layers[0] if where == "layer" else one.model.layers[1].input_layernorm
+        hooked.register_forward_hook(lambda module, args, out: seen.append((args[0].clone(), out.clone())) or out * 2)
+    close(logits(model), logits(plain))
+    close(seen[0], seen[1])
+
+
+def test_a_first_norm_that_is_replaced_is_called(swapper):
+    model, _, _ = settled(swapper, "llama")
+    plain = make("llama")
+    for one in (model, plain):
+        one.model.layers[1].input_layernorm = Doubled(one.model.layers[1].input_layernorm)
+    close(logits(model), logits(plain))
+
+
+def test_with_gradients_nothing_goes_ahead(swapper, monkeypatch):
+    model, _, applied = settled(swapper, "llama")
+    calls = counted_kernels(applied, monkeypatch)
+    close(step(model), step(make("llama")))
+    assert calls.count("both") == 2
+
+
+def test_a_norm_that_is_left_alone_is_not_made_ahead(swapper, monkeypatch):
+    model = make("llama")
+    plain = logits(model)
+    applied = swapper.swap(model, skip="input_layernorm")
+    for _ in range(3):
+        close(logits(model), plain)
+    calls = counted_kernels(applied, monkeypatch)
+    close(logits(model), plain)
+    assert calls == ["both", "both", "norm"]
+
+
+def test_layers_that_change_their_order_are_right_and_a_guess_that_fails_is_given_up(swapper, monkeypatch):
+    model, _, applied = settled(swapper, "llama", num_hidden_layers=4)
+    plain = make("llama", num_hidden_layers=4)
+    for one in (model, plain):
+        layers = one.model.layers
+        one.model.layers = nn.ModuleList([layers[2], layers[0], layers[3], layers[1]])
+    close(logits(model), logits(plain))
+    calls = counted_kernels(applied, monkeypatch)
+    for _ in range(3):
+        calls.clear()
+        close(logits(model), logits(plain))
+    assert calls.count("both") == 4 + 3
+
+
+def test_what_waits_does_not_outlive_its_sum(swapper, monkeypatch):
+    import gc
+    import weakref as weak
+
+    model, _, applied = settled(swapper, "llama")
+    calls = counted_kernels(applied, monkeypatch)
+    layer = model.model.layers[0]
+    x = torch.randn(1, 3, 32)
+    embeddings = model.model.rotary_emb(x, torch.arange(3)[None])
+    gc.collect()
+    gc.disable()
+    try:
+        before = {id(t) for t in gc.get_objects() if type(t) is torch.Tensor and t.shape == x.shape}
+        with torch.no_grad():
+            out = layer(x, position_embeddings=embeddings)
+        gone = weak.ref(out)
+        del out
+        assert gone() is None
+        after = [t for t in gc.get_objects() if type(t) is torch.Tensor and t.shape == x.shape and id(t) not in before]
+        assert after == []
+        assert calls.count("both") == 2  # there was something that waited
+    finally:
+        gc.enable()
+
+
+def test_two_models_in_two_threads_do_not_take_from_each_other(swapper):
+    import threading
+
+    models = [settled(swapper, "llama", num_hidden_layers=3)[0] for _ in range(2)]
+    with torch.no_grad():
+        for p in models[1].parameters():
+            p.mul_(1.1)
+    plain = [logits(m) for m in models]
+    wrong = []
+
+    def run(model, want):
+        wrong.extend(model for _ in range(20) if not torch.allclose(logits(model), want, atol=2e-5, rtol=2e-4))
+
+    threads = [threading.Thread(target=run, args=pair) for pair in zip(models, plain, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong

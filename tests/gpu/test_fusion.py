@@ -105,6 +105,27 @@ def test_hooks_on_norms_are_called(swapper):
     assert applied.refusals == ()
 
 
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("kind", FUSED)
+def test_the_first_norm_of_a_layer_is_made_with_the_last_sum_of_the_layer_before(swapper, kind, dtype, monkeypatch):
+    model = make(kind, "cuda", dtype, **{**BIG, "num_hidden_layers": 3})
+    plain = logits(model)
+    applied = swapper.swap(model)
+    for _ in range(3):
+        close(logits(model), plain, dtype)
+    layers = next(o.inference.implementation for o in applied.outcomes if o.site.layer == "residual_norm").forward.__globals__
+    calls, of = [], layers["add_rms_norm"]
+    monkeypatch.setitem(layers, "add_rms_norm", lambda *args: calls.append(1) or of(*args))
+    close(logits(model), plain, dtype)
+    assert len(calls) == 3 + 2
+    for _ in range(2):  # a hook on a norm is called; then nothing is left of it
+        seen = []
+        handle = model.model.layers[1].input_layernorm.register_forward_hook(lambda *_, seen=seen: seen.append(1))
+        close(logits(model), plain, dtype)
+        handle.remove()
+        assert len(seen) == 1
+
+
 def test_generation_gives_the_same_text(swapper):
     model = make("qwen3", "cuda")
     plain = model.generate(ids(), max_new_tokens=16, do_sample=False)

@@ -68,6 +68,7 @@ def form_for(slot: Slot, *, training: bool) -> Form:
         traced=checking and all(s.standing == "accepted" or _trusted(slot, p, s) for p, s in standings),
         counting=slot.counting,
         watched=slot.watched,
+        ahead=not training and not checking and bool(functions),
     )
 
 

@@ -11,7 +11,7 @@ import functools
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from . import fused, rebuild, state
+from . import ahead, fused, passages, rebuild, state
 from .state import Norms
 
 if TYPE_CHECKING:
@@ -49,6 +49,8 @@ class Form(NamedTuple):
     counting: bool = False
     watched: frozenset[str] = frozenset()
     """Submodules that a kernel reads into."""
+    ahead: bool = False
+    """The layer's last sum and the next layer's first norm may be one launch (`ahead.py`)."""
 
 
 def make(form: Form) -> Forward | None:
@@ -58,12 +60,22 @@ def make(form: Form) -> Forward | None:
         served = guarded(form.kernel, original, counting=form.counting)
         return checking(original, served if form.traced else original) if form.checking else served
     if form.functions:
-        opened = fused.opened(original, (name for name, _ in form.functions))
-        names = {name: guarded_function(kernel, rebuild.found(opened, name)) for name, kernel in form.functions}
+        both = _ahead(form) if form.ahead else {}
+        opened = fused.opened(original, (*(name for name, _ in form.functions), *both))
+        names = {name: guarded_function(kernel, rebuild.found(opened, name)) for name, kernel in form.functions} | both
         served = rebuild.rebuilt(opened, names)
         setattr(served, MARK, True)
         return checking(original, served if form.traced else original) if form.checking or form.counting else served
     return _counted(original, original, by_kernel=False) if form.counting else None
+
+
+def _ahead(form: Form) -> dict[str, Forward]:
+    """What the first norm and the last sum of a layer call, by the kernel for the sum inside of it."""
+    kernel = next((k for _, k in form.functions if len(k.norms) == 1), None)
+    if kernel is None or not fused.goes_ahead(form.base.forward):
+        return {}
+    total, norm = ahead.pair(kernel.forward, kernel.norms[0])
+    return {passages.AHEAD_TOTAL: total, passages.AHEAD_NORM: norm}
 
 
 def checking(original: Forward, traced: Forward) -> Forward:

@@ -67,6 +67,11 @@ def opened(forward: Function, names: Iterable[str]) -> Function:
     return cast(Function, rebuild.replaced(forward, inner, other))
 
 
+def goes_ahead(forward: Function) -> bool:
+    """Whether `forward` begins with a norm of what it is given and ends with a sum, as `ahead` wants it."""
+    return bool(_several(find(forward, "ahead")))
+
+
 def norms(forward: Function, name: str) -> tuple[str, ...]:
     """The attributes that the call of a passage is given first; none where `name` is no passage of `forward`."""
     if not name.startswith(PREFIX):
@@ -108,7 +113,7 @@ def standing_back(kernel: Function, plain: Function, classes: Norms) -> Function
 
 
 def _of_one(kernel: Function, plain: Function, cls: type[Any]) -> Function:
-    tensor, elsewhere, idle = *_asked(), _idle(cls)
+    tensor, elsewhere, fine = *asked(), idle(cls)
 
     def serving(norm: nn.Module, residual: Any, hidden: Any) -> bool:
         return (
@@ -117,7 +122,7 @@ def _of_one(kernel: Function, plain: Function, cls: type[Any]) -> Function:
             and type(residual) is tensor
             and residual.dtype is hidden.dtype
             and residual.shape == hidden.shape
-            and idle(norm, hidden)
+            and fine(norm, hidden)
         )
 
     def residual_norm(norm: nn.Module, residual: Any, hidden: Any) -> Any:
@@ -130,7 +135,7 @@ def _of_one(kernel: Function, plain: Function, cls: type[Any]) -> Function:
 
 
 def _of_two(kernel: Function, plain: Function, q_cls: type[Any], k_cls: type[Any]) -> Function:
-    tensor, elsewhere, idle_q, idle_k = *_asked(), _idle(q_cls), _idle(k_cls)
+    tensor, elsewhere, idle_q, idle_k = *asked(), idle(q_cls), idle(k_cls)
 
     def serving(q_norm: nn.Module, k_norm: nn.Module, q: Any, k: Any, cos: Any, sin: Any) -> bool:
         return (
@@ -150,7 +155,7 @@ def _of_two(kernel: Function, plain: Function, q_cls: type[Any], k_cls: type[Any
     return norm_rotary
 
 
-def _asked() -> tuple[type[Any], Callable[[], bool]]:
+def asked() -> tuple[type[Any], Callable[[], bool]]:
     """The class of ordinary tensors; and whether this is no place for a kernel: traced, under torch.func, every module hooked."""
     import torch
     from torch.nn.modules import module as hooks
@@ -166,13 +171,13 @@ def _asked() -> tuple[type[Any], Callable[[], bool]]:
     return torch.Tensor, elsewhere
 
 
-def _idle(cls: type[Any]) -> Callable[[nn.Module, Any], bool]:
+def idle(cls: type[Any]) -> Callable[[nn.Module, Any], bool]:
     """Whether a call of a norm would be that of its class and nothing else, on a weight that is as the tensor given is."""
     import torch
 
     parameter, known = torch.nn.Parameter, {cls}
 
-    def idle(norm: nn.Module, x: Any) -> bool:
+    def asked_of(norm: nn.Module, x: Any) -> bool:
         held = norm.__dict__
         if type(norm) not in known:
             if not is_or_ours(type(norm), cls):
@@ -189,7 +194,7 @@ def _idle(cls: type[Any]) -> Callable[[nn.Module, Any], bool]:
         weight = held["_parameters"].get("weight")
         return type(weight) is parameter and weight.dtype is x.dtype and weight.device == x.device
 
-    return idle
+    return asked_of
 
 
 __all__ = ["PREFIX", "Passage", "find", "is_or_ours", "norms", "obstacle", "opened", "standing_back"]

@@ -1,6 +1,6 @@
 """Statements of a forward that one call can stand for. Finds them in a syntax tree, and writes the call in their place.
 
-Two patterns, named as the rows of a table name them (`statements = ...`):
+Two patterns, named as the rows of a table name them (`statements = ...`), and a third that joins a layer with the next (`ahead.py`):
 
     residual_norm    h = r + h                                    h, r = CALL(self.NORM, r, h)
                      r = h
@@ -10,6 +10,11 @@ Two patterns, named as the rows of a table name them (`statements = ...`):
                      k = self.K_NORM(Y).transpose(1, 2)           k = (Y).transpose(1, 2)
                      ... (reads neither q nor k)                  ...
                      q, k = ROTARY(q, k, cos, sin)                q, k = CALL(self.Q_NORM, self.K_NORM, q, k, cos, sin)
+
+    ahead            h = self.NORM(h)       the first, of what is given       h = CALL(self.NORM, h)
+                     ...
+                     h = r + h              the last                          h = CALL(self, r, h)
+                     return h
 
 where CALL is a global name of ours, under which the forward finds the statements' own meaning, as a function compiled from
 them, until a kernel takes its place. The norms may also come after the transposition. What deviates from a pattern is left
@@ -27,6 +32,7 @@ from typing import Any, cast
 from . import source
 
 PREFIX = "kernelswap_"
+AHEAD_NORM, AHEAD_TOTAL = f"{PREFIX}ahead_norm", f"{PREFIX}ahead_total"
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,9 +180,42 @@ def _before_rotary(this: str, block: list[ast.stmt], last: ast.Assign, qk: tuple
     yield _Found(name, norms, block, changes, ("q_norm", "k_norm", "q", "k", "cos", "sin"), body)
 
 
+def _ahead(tree: ast.FunctionDef) -> Iterator[_Found]:
+    """The first norm of what a layer is given, and the sum that it returns; both or none."""
+    this, given = _this(tree), next((a.arg for a in tree.args.args[1:2]), "")
+    first = next((s for s in tree.body if any(_is_norm(this, n, given) for n in ast.walk(s))), None)
+    if first is None or any(given in _stored(s) for s in tree.body[: tree.body.index(first)]):
+        return
+    match first, tree.body[-2:]:
+        case (
+            ast.Assign(targets=[ast.Name()], value=ast.Call(func=ast.Attribute(attr=norm)) as call),
+            [
+                ast.Assign(
+                    targets=[ast.Name(h)], value=ast.BinOp(left=ast.Name(r), op=ast.Add(), right=ast.Name(right))
+                ) as total,
+                ast.Return(value=ast.Name(returned)),
+            ],
+        ) if h == right == returned != r and _is_norm(this, call, given):
+            called = _call(first, AHEAD_NORM, this, (norm,), (given,))
+            begins: list[tuple[ast.stmt, list[ast.stmt]]] = [
+                (first, [ast.copy_location(ast.Assign(first.targets, called), first)])
+            ]
+            body = ast.parse("return norm(hidden)").body
+            yield _Found(AHEAD_NORM, (norm,), tree.body, begins, ("norm", "hidden"), body)
+            called = _call(total, AHEAD_TOTAL, this, (), (this, r, h))
+            ends: list[tuple[ast.stmt, list[ast.stmt]]] = [(total, [ast.copy_location(ast.Assign(total.targets, called), total)])]
+            body = ast.parse("return residual + hidden").body
+            yield _Found(AHEAD_TOTAL, (), tree.body, ends, ("layer", "residual", "hidden"), body)
+
+
+def _stored(stmt: ast.stmt) -> set[str]:
+    return {n.id for n in ast.walk(stmt) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+
+
 PATTERNS: dict[str, Callable[[ast.FunctionDef], Iterator[_Found]]] = {
     "residual_norm": _residual_norm,
     "norm_rotary": _norm_rotary,
+    "ahead": _ahead,
 }
 
 
