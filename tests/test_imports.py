@@ -5,6 +5,8 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 ROWS = [
     {"_version", "errors"},
     {"types", "strict"},
@@ -98,8 +100,15 @@ def test_a_long_file_says_why():
     assert not long
 
 
-def test_importing_us_imports_nothing_heavy():
-    code = "import sys, kernelswap; print([m for m in ('torch', 'huggingface_hub', 'transformers', 'packaging') if m in sys.modules])"
+@pytest.mark.parametrize(
+    ("first", "heavy"),
+    [
+        ("", ("torch", "huggingface_hub", "transformers", "packaging")),
+        ("kernelswap.install(); ", ("torch", "huggingface_hub", "transformers", "kernels")),
+    ],
+)
+def test_importing_and_installing_us_imports_nothing_heavy(first, heavy):
+    code = f"import sys, kernelswap; {first}print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent)
     assert done.stdout.strip() == "[]"
 

@@ -26,11 +26,10 @@ from . import plan as planning
 from . import table as tables
 from .apply import Applied, apply, how_often
 from .errors import TableError, UndoConflict
-from .mapping import Table
+from .mapping import Table, preferences
 from .mapping import rows as rows_of
 from .plan import NotAsked, Wish
 from .provider import Build, Provider, Terms
-from .replay import replays
 from .required import require as require_all
 from .slots import attention as attention_slot
 from .slots import module as module_slot
@@ -134,19 +133,18 @@ class Swapper(Provider):
         """What `swap` with these arguments would do; the model is not touched. Kernels are fetched, loaded and proved.
 
         Raises:
-            TableError: the table, `choose`, or a glob that names nothing in this model, is wrong.
+            TypeError: `model` is no module.
+            TableError: the table, `prefer`, `build`, `choose`, or a glob that names nothing in this model, is wrong.
             PlanConflict: two rows claim one module.
             ModeError: `mode` makes no sense.
             Tampered: bytes of a kernel differ from what was verified before.
             Refused: a kernel that the arguments name was refused.
         """
+        sites.must_be_module(model)
         over, terms = rows_of(table, {row.layer for row in self.table}), Terms(build, trust, progress, self._meets)
         base = self.table if inherit else tuple(replace(row, use=(), rivals=()) for row in self.table)
         base += tables.loss() if loss else ()
-        preferred = {
-            glob: tuple(one if isinstance(one, Use) else Use(one) for one in ((specs,) if isinstance(specs, str) else specs))
-            for glob, specs in (prefer or {}).items()
-        }
+        preferred = preferences(prefer)
         named = {use.spec for row in over for use in row.use} | {use.spec for uses in preferred.values() for use in uses}
         with self._lock:
             former = self.applied(model)
@@ -291,6 +289,8 @@ class Swapper(Provider):
         Raises:
             UndoConflict: something wrapped a module after the swap; nothing was changed.
         """
+        from .replay import replays  # needs torch when it is imported; this file must not
+
         with self._lock:
             applied = self._applied.pop(model, None)
             if applied is not None:

@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from . import locking, render
 from .errors import KernelSwapError, PlanConflict, UndoConflict
-from .replay import replays as recordings
-from .replay.replays import Replays
 from .report import text
 from .report.facts import facts
 from .report.observed import Observed
@@ -24,6 +22,8 @@ from .types import Machine, Outcome, Prover, Site, Swap
 
 if TYPE_CHECKING:
     import torch.nn as nn
+
+    from .replay.replays import Replays
 
 
 class Installed(Protocol):
@@ -135,6 +135,8 @@ class _Recorded:
     """The recordings of a model's steps, and their memory."""
 
     def __init__(self, model: nn.Module, replays: Replays) -> None:
+        from .replay import replays as recordings  # needs torch when it is imported; this file must not
+
         self.model, self.replays = weakref.ref(model), recordings.attach(model, replays)
 
     def conflict(self) -> str | None:
@@ -144,6 +146,8 @@ class _Recorded:
         self.replays.clear()
         model = self.model()
         if model is not None:
+            from .replay import replays as recordings  # same
+
             recordings.detach(model)
 
 

@@ -164,7 +164,11 @@ def write(lock: Lock, folder: Path, *, theirs: bool = True, cache: Path | None =
     except OSError as e:
         for temporary, _ in staged:
             temporary.unlink(missing_ok=True)
-        raise StoreError(f"a lock cannot be written there: {e.strerror or e}", asked=f"locking in {folder}") from e
+        raise StoreError(
+            f"a lock cannot be written there: {e.strerror or e}",
+            asked=f"locking in {folder}",
+            todo="Give a directory that is there and can be written to.",
+        ) from e
     return [folder / name for name in texts]
 
 

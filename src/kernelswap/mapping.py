@@ -22,9 +22,26 @@ def rows(given: Table | None, known: Container[str]) -> tuple[Row, ...]:
     if given is None:
         return ()
     if not isinstance(given, Mapping):
-        return tuple(given)
+        found: tuple[Any, ...] = tuple(given) if isinstance(given, Iterable) else (given,)
+        if not all(isinstance(row, Row) for row in found):
+            raise TableError(f"table={given!r} is no table", todo="Give {layer: spec}, or rows.")
+        return found
     made = (_row(layer, value) for layer, value in given.items())
     return tuple(row if row.layer in known else replace(row, targets=(row.layer,)) for row in made)
+
+
+def preferences(given: Mapping[str, str | Use | Iterable[str | Use]] | None) -> dict[str, tuple[Use, ...]]:
+    """`{glob: spec or specs}` to uses, in their order.
+
+    Raises:
+        TableError: it is no mapping.
+    """
+    if given is not None and not isinstance(given, Mapping):
+        raise TableError(
+            f"prefer={given!r} does not say for what", todo="Write {'RMSNorm': 'org/kernel:Layer'}, layers or globs."
+        )
+    several = {glob: (specs,) if isinstance(specs, (str, Use)) else specs for glob, specs in (given or {}).items()}
+    return {glob: tuple(one if isinstance(one, Use) else Use(one) for one in specs) for glob, specs in several.items()}
 
 
 def _row(layer: str, value: Any) -> Row:

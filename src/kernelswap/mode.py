@@ -20,8 +20,10 @@ def check(mode: Mode) -> Mode:
     """Return `mode`, a combination under which a kernel may be registered.
 
     Raises:
-        ModeError: it is empty, `INFERENCE | TRAINING`, or `FALLBACK` with anything.
+        ModeError: it is no Mode, empty, `INFERENCE | TRAINING`, or `FALLBACK` with anything.
     """
+    if not isinstance(mode, Mode):
+        raise ModeError(f"{mode!r} is not a mode", todo="use Mode.INFERENCE or Mode.TRAINING, or with `| Mode.TORCH_COMPILE`")
     if not mode:
         raise ModeError("an empty mode means nothing", todo="use Mode.INFERENCE or Mode.TRAINING")
     return mode.checked()

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Literal
+from typing import Literal, get_args
 
 import platformdirs
 
@@ -30,6 +30,7 @@ from .errors import (
     KernelSwapError,
     LoadFailed,
     SpecError,
+    TableError,
     UnknownKernel,
 )
 from .job import Job
@@ -81,6 +82,10 @@ class Terms:
     """Told about downloads and compiling."""
     meets: Callable[[Artifact], str | None] = lambda _: None
     """Asked before a verified kernel is imported: why it must not be, here, or None."""
+
+    def __post_init__(self) -> None:
+        if self.build not in get_args(Build):
+            raise TableError(f"build={self.build!r} says nothing", todo=f"Use {', '.join(map(repr, get_args(Build)))}.")
 
 
 class Provider:

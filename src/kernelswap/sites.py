@@ -25,6 +25,17 @@ if TYPE_CHECKING:
 FLOAT32 = "torch.float32"  # where neither a module nor anything around it holds a floating tensor
 
 
+def must_be_module(model: object) -> None:
+    """Raise `TypeError` for anything else, with the way to the model for those who hold something around it."""
+    if hasattr(model, "named_modules"):
+        return
+    inside = next(
+        (name for name in ("model", "transformer", "unet") if hasattr(getattr(model, name, None), "named_modules")), None
+    )
+    hint = f"; its model is .{inside}" if inside is not None else ""
+    raise TypeError(f"expected a torch.nn.Module, found a {type(model).__qualname__}{hint}")
+
+
 def find(
     model: nn.Module, rows: Sequence[Row], *, only: str | Iterable[str] | None = None, skip: str | Iterable[str] | None = None
 ) -> tuple[Site, ...]:
@@ -39,8 +50,7 @@ def find(
         TableError: a glob of `only` or `skip` names nothing in this model.
         TypeError: `model` is not a module.
     """
-    if not hasattr(model, "named_modules"):
-        raise TypeError(f"expected a torch.nn.Module, found a {type(model).__qualname__}")
+    must_be_module(model)
     kinds = {kind: tuple(row for row in rows if row.kind == kind) for kind in ("module", "function")}
     matcher, wanted = _Matcher(kinds["module"], kinds["function"]), _Wanted(only, skip)
     found = []

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .errors import KernelSwapError, Tampered
-from .replay import site
 from .slots import attention
 from .types import Implementation, Outcome, Swap
 
@@ -62,6 +61,8 @@ def outcomes(
     found: list[Outcome] = []
     with_attention = wanted.attention
     if wanted.graphs:
+        from .replay import site  # needs torch when it is imported; this file must not
+
         taken = any(isinstance(o, Swap) and not o.site.path for o in planned)
         device = next((p.device for p in model.parameters()), None)
         writes = kernel("kernelswap/attention:append_token", str(device)) if device is not None and device.type == "cuda" else ""

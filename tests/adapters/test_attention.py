@@ -292,6 +292,22 @@ def test_continuous_batching(kernels, text, caplog):
         assert "varlen" in calls(kernels, f"{FLASH}@{WITHOUT}")
 
 
+def test_a_standard_name_whose_package_is_not_installed_is_its_kernel_or_pytorch_with_a_line(kernels, as_default_hub, said):
+    """Transformers knows a kernel for each of these names; where that cannot be had, a line says so and the model runs."""
+    eager, model = pair("qwen3", "sdpa")
+    model.set_attn_implementation("flash_attention_2")
+    assert any(
+        line.startswith("flash_attention_2: the package is not installed, kernels-community/flash-attn2") for line in said()
+    )
+    before = len(calls(kernels, f"{FLASH}@{WITHOUT}"))
+    close(out(model, IDS), out(eager, IDS))
+    assert len(calls(kernels, f"{FLASH}@{WITHOUT}")) > before
+    model.set_attn_implementation("flash_attention_3")  # the tests' hub has none
+    assert [line for line in said() if "flash-attn3" in line and line.endswith("attention is PyTorch's own")]
+    assert model.config._attn_implementation == "sdpa"
+    close(out(model, IDS), out(eager, IDS))
+
+
 @pytest.fixture
 def poisoned():
     """What `torch.empty` returns is NaN."""

@@ -111,6 +111,20 @@ def test_load_lists_names_layers_and_evidence(call, repo):
     assert data["path"] in text
 
 
+def test_a_layer_that_a_kernel_does_not_have_is_an_error_that_names_those_it_has(call, repo):
+    assert "Twice" in call("load", f"dir://{repo}:Twice").out
+    assert "double" in call("load", f"dir://{repo}:double").out
+    err = call("load", f"dir://{repo}:Twce", code=exits.USAGE).err
+    assert "it has no layer Twce; it offers Twice, double" in err
+    assert "Did you mean Twice?" in err
+
+
+def test_a_kernel_that_is_not_on_a_hub_has_no_versions_to_list(call):
+    err = call("versions", "kernelswap/layers", code=exits.USAGE).err
+    assert "only kernels on a hub have versions" in err
+    assert "kernelswap find kernelswap/layers" in err
+
+
 def test_load_of_a_kernel_that_raises_is_the_kernel_s_fault(call, make_repo):
     root = make_repo("bad", {"torch-cpu": "raise RuntimeError('mine')"})
     err = call("load", f"dir://{root}", code=exits.KERNEL).err

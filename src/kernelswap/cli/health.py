@@ -20,7 +20,7 @@ from ..types import Machine, Resolution, Row
 
 PACKAGES = (
     *("kernelswap", "torch", "triton", "transformers", "huggingface_hub", "safetensors", "accelerate", "peft"),
-    *("kernels", "tvm_ffi", "typer", "rich", "sigstore"),
+    *("kernels", "apache-tvm-ffi", "typer", "rich", "sigstore"),
 )
 VARIABLES = (
     *("KERNELSWAP_CACHE", "HF_HOME", "HF_HUB_CACHE", "KERNELS_CACHE", "HF_ENDPOINT", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"),

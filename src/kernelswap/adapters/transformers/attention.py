@@ -185,8 +185,12 @@ class Attention:
             key = attn_implementation
             if isinstance(key, str) and key != "paged|eager":
                 key = key.removeprefix("paged|")
-            if isinstance(key, str) and key in self.passed and key in _STANDARD:
-                return self._standard(model, key) or original(model, attn_implementation, *args, **kwargs)
+            if isinstance(key, str) and key in self.passed and (kernel := self._instead(model, key)) is not None:
+                found: str | None = self.prepare(kernel, trust=False)
+                if found is None:  # a line said why, and that attention is PyTorch's own
+                    return original(model, None, *args, **kwargs)
+                self._say(f"{key}: the package is not installed, {found} serves")
+                return found
             if not names_a_kernel(key):
                 return original(model, attn_implementation, *args, **kwargs)
             if key in self.registered and self.switch.disabled() is None:
@@ -200,19 +204,18 @@ class Attention:
 
         return check
 
-    def _standard(self, model: Any, name: str) -> str | None:
-        """A kernel for `flash_attention_N` where its package is not installed, or `None`: then Transformers decides."""
+    def _instead(self, model: Any, name: str) -> str | None:
+        """The kernel for `flash_attention_N` where its package is not installed, or `None`: then Transformers decides."""
+        if name not in _STANDARD:
+            return None
         utils = importlib.import_module(FLASH_UTILS)
         known = getattr(utils, "FLASH_ATTENTION_COMPATIBILITY_MATRIX", {}).get(int(name[-1]), {})
         available = known.get("general_availability_check")
-        kernel = getattr(utils, "FLASH_ATTN_KERNEL_FALLBACK", {}).get(name)
+        kernel: str | None = getattr(utils, "FLASH_ATTN_KERNEL_FALLBACK", {}).get(name)
         listed = getattr(model, "_compatible_flash_implementations", None)
         if available is None or available() or kernel is None or not model._supports_flash_attn or listed:  # noqa: SLF001  # as Transformers
             return None
-        found: str | None = self.prepare(kernel, trust=False)
-        if found is not None:
-            self._say(f"{name}: the package is not installed, {found} serves")
-        return found
+        return kernel
 
     def _compatible(self, model: Any, key: str) -> str:
         """`key`, or what the model's authors list instead of flash kernels that miss something the model needs."""

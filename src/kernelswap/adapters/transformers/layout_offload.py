@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from ...proof import reference
 from .conversion import Declined, Step, tensors
 
 if TYPE_CHECKING:
@@ -86,6 +85,8 @@ class Converted(Mapping[str, Any]):
 
 def without_hooks(originals: tuple[nn.Module, ...]) -> tuple[nn.Module, ...]:
     """Modules like `originals`, on the same weights or on none: what their forward is computed with, on weights that are given."""
+    from ...proof import reference  # needs torch when it is imported; this file must not
+
     return tuple(reference.twin(one, lambda _, tensor: tensor) for one in originals)
 
 

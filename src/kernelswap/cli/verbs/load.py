@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from ... import layers as contract
+from ...spec import parse
 from .. import session
 from ..output import Answer, plain
 
@@ -15,16 +17,19 @@ PANEL = "Kernels"
 
 
 def command(
-    spec: Annotated[str, typer.Argument(help="[source://]name[@version]", metavar="SPEC")],
+    spec: Annotated[str, typer.Argument(help="[source://]name[@version][:Layer]", metavar="SPEC")],
     cache: session.Cache = None,
     offline: session.Offline = False,
     bundle: session.Bundle = None,
 ) -> Answer:
-    """Fetch, verify and import a kernel; list its public names, its layers, and what it was verified by.
+    """Fetch, verify and import a kernel; list its public names, its layers, and what it was verified by. A layer must be there.
 
     Its code is run by the import, after it was verified.
     """
     kernel = session.swapper(cache=cache, offline=offline, bundle=bundle).kernel(spec)
+    layer = parse(spec).layer
+    if layer is not None and layer not in contract.offers(kernel):
+        contract.implementation(kernel, layer)  # says which there are
     artifact, metadata = kernel.artifact, kernel.artifact.metadata
     names = {name: _describe(value) for name, value in _public(kernel.module)}
     layers = {name: _describe(value) for name, value in _public(getattr(kernel.module, "layers", None))}

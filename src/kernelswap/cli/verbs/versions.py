@@ -6,7 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ...errors import KernelSwapError
+from ...errors import KernelSwapError, UnknownKernel
+from ...spec import parse
 from .. import session
 from ..output import Answer, plain
 
@@ -22,6 +23,12 @@ def command(
     """List the versions of a kernel on the hub, newest last, with the build that would run here, or why none would."""
     from ...sources import configured
 
+    if parse(name).source != "hub":
+        raise UnknownKernel(
+            "only kernels on a hub have versions to list",
+            asked=f"the versions of {name}",
+            todo=f"`kernelswap find {name}` says which builds there are.",
+        )
     swapper = session.swapper(cache=cache, offline=offline, machine=machine)
     source = swapper.sources["hub"]
     refs: Any = getattr(configured.hub_of(source), "refs", None)  # also behind LOCAL_KERNELS, a lock, or mirrors
