@@ -105,13 +105,14 @@ class Contact:
             data = pickle.dumps(message)
         except Exception as e:  # noqa: BLE001  # a user's class may refuse to be pickled in any way it likes
             return None, f"not contained: the module cannot be sent to a child process ({type(e).__name__}: {e})"
-        return self._ask(data)
+        return self._ask(data, forks=_forks(message))
 
     def imports(self, artifact: Artifact) -> tuple[str | None, str]:
         """Why the artifact could not even be imported in the child, or `None`; and a note."""
-        return self._ask(pickle.dumps({"artifact": artifact, "layer": None, "device": "cpu", "limit": self.time_limit}))
+        message = {"artifact": artifact, "layer": None, "device": "cpu", "limit": self.time_limit}
+        return self._ask(pickle.dumps(message), forks=_forks(message))
 
-    def _ask(self, data: bytes) -> tuple[str | None, str]:
+    def _ask(self, data: bytes, *, forks: bool) -> tuple[str | None, str]:
         with self._lock:
             if self._child is None or not self._child.alive:
                 self._child = _Child()
@@ -119,7 +120,7 @@ class Contact:
             child = self._child
             if (why := child.start()) is not None:
                 return None, f"not contained: {why}"
-            answer = child.ask(data, self.time_limit)
+            answer = child.ask(data, self.time_limit, forks=forks)
             if not child.alive:
                 child.kill()
                 self._child = None
@@ -162,11 +163,11 @@ class _Child:
             self.ready = True
         return None
 
-    def ask(self, data: bytes, limit: float) -> str | None:
+    def ask(self, data: bytes, limit: float, *, forks: bool) -> str | None:
         """Why the kernel did not survive, or `None`."""
         with contextlib.suppress(OSError):  # it died while listening: the return code below says how
             _send(self._pipe(self.process.stdin), data)
-        said = self._wait(limit + (GRACE if FORKS else 0.0))  # it keeps the limit itself, where it can
+        said = self._wait(limit + (GRACE if forks else 0.0))  # it keeps the limit itself, where it can
         if said is _SILENCE:
             self.kill()
             return _silent(limit)
@@ -285,10 +286,15 @@ def main() -> None:
     for data in _receive(sys.stdin.buffer):
         message = pickle.loads(data)  # noqa: S301  # from our parent
         try:
-            answer: Any = _forked(message) if FORKS and message["device"] == "cpu" else _try(message)
+            answer: Any = _forked(message) if _forks(message) else _try(message)
         except _Broken as e:
             answer = (str(e),)  # a last answer: the parent starts another child
         _send(channel, pickle.dumps(answer))
+
+
+def _forks(message: dict[str, Any]) -> bool:
+    """Whether the child has a fork of its own meet the kernel, and keeps the time limit itself."""
+    return FORKS and message["device"] == "cpu"
 
 
 def _forked(message: dict[str, Any]) -> str | None:
