@@ -149,6 +149,7 @@ def test_a_captured_graph_holds_the_fused_kernels(swapper):
     assert applied.refusals == ()
 
 
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")
 def test_compiled_models_trace_the_statements_in_one_graph(swapper):
     model = make("qwen3", "cuda")
     plain = logits(model)
