@@ -36,8 +36,11 @@ def check(v, name, source="hub"):
 def test_the_hub_says_who_is_trusted(tmp_path, hub):
     v = verifier(tmp_path, hub)
     assert check(v, "good/kernel") == "good is a trusted publisher of the hub (asked now)"
-    with pytest.raises(Refused, match=r"bad is not a trusted publisher of the hub \(asked now\)"):
+    with pytest.raises(Refused, match=r"bad is not a trusted publisher of the hub \(asked now\)") as refused:
         check(v, "bad/kernel")
+    assert refused.value.todo == "nothing of it was loaded; name a kernel whose publisher is trusted", (
+        "no way round it is advised"
+    )
 
 
 def test_a_yes_is_remembered_for_this_machine_and_asked_afresh_before_a_fetch(tmp_path, hub):

@@ -130,7 +130,7 @@ class PublisherVerifier:
             )
         if vouched:
             reason += f"; the call vouches for it, which {self.policy.origin('publishers')} does not accept"
-        raise Refused(reason)
+        raise Refused(reason, todo="nothing of it was loaded; name a kernel whose publisher is trusted")
 
 
 def _listed(trust: Sequence[str]) -> tuple[str, ...]:
