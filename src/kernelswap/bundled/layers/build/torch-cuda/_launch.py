@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from triton.runtime.errors import OutOfResources
 from triton.runtime.jit import mangle_type
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -51,8 +52,21 @@ def bind(fn: Any, args: tuple[Any, ...], *, device: int, num_warps: int, num_sta
 
     Constants must be the last parameters of `fn`, in the order given. `args` are not touched: nothing runs.
     overlap: the launch may begin before the kernel ahead of it on the stream has ended, and `fn` waits for that one itself
-    (programmatic dependent launch, compute capability 9.0 on).
+    (programmatic dependent launch, compute capability 9.0 on). `STAGES` among the constants is how many blocks of a loop are on
+    their way at once; where their memory is more than this GPU has, there are fewer.
     """
+    while True:
+        try:
+            return _bound(fn, args, device, num_warps, num_stages, overlap, constants)
+        except OutOfResources:
+            if constants.get("STAGES", 1) < 2:
+                raise
+            constants["STAGES"] -= 1
+
+
+def _bound(
+    fn: Any, args: tuple[Any, ...], device: int, num_warps: int, num_stages: int, overlap: bool, constants: dict[str, Any]
+) -> Launch:
     more = {"launch_pdl": True} if overlap else {}
     with torch.cuda.device(device):
         kernel = fn.warmup(*args, grid=(1,), num_warps=num_warps, num_stages=num_stages, **more, **constants)
