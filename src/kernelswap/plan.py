@@ -298,27 +298,29 @@ class _Planner:
 def _with_those(outcome: Swap, called: Sequence[tuple[str, Outcome]]) -> Outcome:
     """The swap of statements in those modes in which the same build serves all that they call."""
     whole: dict[bool, Choice] = {}
+    why = ""
     for training in (False, True):
         choice = outcome.serving(training=training)
-        for name, other in called:
-            kernel = choice.implementation
-            if kernel is None:
-                break
-            if isinstance(other, Kept):
-                if other.site.left_out.startswith(sites.NOT_ASKED_FOR):
-                    continue  # these statements were asked for, and by name
-                why = f"its {name} is left as it is: {other.reason}"
-            else:
-                its = other.serving(training=training).implementation
-                if its is not None and its.origin.digest == kernel.origin.digest and not its.parts:
-                    continue
-                why = f"its {name} is served by {'the original' if its is None else its.origin.candidate.requirement}"
-            choice = Choice(None, (*choice.passed, (str(kernel.origin.candidate.requirement), why)))
+        kernel = choice.implementation
+        found = None if kernel is None else next(filter(None, (_not_by(kernel, name, o, training) for name, o in called)), None)
+        if kernel is not None and found is not None:
+            why = why or found
+            choice = Choice(None, (*choice.passed, (str(kernel.origin.candidate.requirement), found)))
         whole[training] = choice
     if all(choice.implementation is None for choice in whole.values()):
-        passed = (*dict.fromkeys((*whole[False].passed, *whole[True].passed)),)
-        return Kept(outcome.site, passed[-1][1] if passed else "", passed)
+        return Kept(outcome.site, why)  # it was decided elsewhere: no kernel was tried here and found wanting
     return replace(outcome, inference=whole[False], training=whole[True])
+
+
+def _not_by(kernel: Implementation, name: str, other: Outcome, training: bool) -> str | None:  # noqa: FBT001  # one caller
+    """Why `kernel` may not do the work of what `other` is about, or `None`."""
+    if isinstance(other, Kept):
+        asked_for = other.site.left_out.startswith(sites.NOT_ASKED_FOR)  # these statements were asked for, and by name
+        return None if asked_for else f"its {name} is left as it is: {other.reason}"
+    its = other.serving(training=training).implementation
+    if its is None or its.origin.digest != kernel.origin.digest or its.parts:
+        return f"its {name} is served by {'the original' if its is None else its.origin.candidate.requirement}"
+    return None
 
 
 def _runs(mode: Mode | None) -> dict[bool, Run | None]:

@@ -525,3 +525,11 @@ def test_two_models_in_two_threads_do_not_take_from_each_other(swapper):
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+@pytest.mark.parametrize("more", [{}, {"skip": "RMSNorm"}, {"skip": "rotary_pos_emb"}], ids=str)
+def test_what_was_decided_elsewhere_is_no_news_to_a_user_of_transformers(swapper, more):
+    from kernelswap.adapters.transformers.switch import lines
+
+    applied = swapper.swap(make("qwen3"), **more)
+    assert lines(applied.outcomes, set()) == []
