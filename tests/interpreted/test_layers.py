@@ -173,6 +173,25 @@ def test_the_modules_find_their_numbers(layers, launches):
     assert launches == ["_forward"]
 
 
+@pytest.mark.parametrize("dense", [True, False], ids=["gradients as attention gives them", "gradients as q lies"])
+def test_gradients_of_norm_and_rotary_are_copied_nowhere(layers, launches, dense, monkeypatch):
+    q, k = (torch.randn(2, 9, n, 64).transpose(1, 2).requires_grad_() for n in (6, 3))
+    w, v = (torch.randn(64, requires_grad=True) for _ in range(2))
+    cos, sin = (torch.randn(2, 9, 64) for _ in range(2))
+    a, b = layers.rope.norm_rope(q, k, w, v, cos, sin, 1e-6)
+    gradients = [torch.randn_like(x, memory_format=torch.contiguous_format if dense else torch.preserve_format) for x in (a, b)]
+    copied, of = [], torch.Tensor.contiguous
+    monkeypatch.setattr(torch.Tensor, "contiguous", lambda x: copied.append(x.shape) or of(x) if not x.is_contiguous() else x)
+    found = torch.autograd.grad((a, b), (q, k, w, v), gradients)
+    assert copied == []
+    assert found[0].stride() == q.stride()
+    f = layers.rope
+    wide = [x.detach().double().requires_grad_() for x in (q, k, w, v)]
+    want = f.formula(rms(wide[0], wide[2]), rms(wide[1], wide[3]), cos.double(), sin.double())
+    want = torch.autograd.grad(want, wide, [g.double() for g in gradients])
+    assert max(map(relative, found, want)) < 1e-5
+
+
 def norms(layers, *weights, eps="variance_epsilon", of=(1e-3, 1e-3)):
     """Modules that hold what the layers read of a norm."""
     made = [torch.nn.Module() for _ in weights]

@@ -173,36 +173,37 @@ def norm_rope(
 
 def _run(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int,
-    q_weight: Tensor | None, k_weight: Tensor | None, eps: float, inverse: int, norm: int = 0,
+    q_weight: Tensor | None, k_weight: Tensor | None, eps: float, inverse: int, norm: int = 0, rows: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`norm`: 0 none, 1 Llama's, 2 Gemma's."""
+    """`norm`: 0 none, 1 Llama's, 2 Gemma's. `rows`: the outputs lie in memory token by token, whatever the inputs' order."""
     key = (
         q.dtype, q.shape, q.stride(), k.shape, k.stride(), cos.shape, cos.stride(), sin.stride(),
-        unsqueeze_dim, inverse, norm, q.get_device(),
+        unsqueeze_dim, inverse, norm, rows, q.get_device(),
     )  # fmt: skip
     launch = _shapes.get(key)
     if launch is None:
         if len(_shapes) >= MAX_SHAPES:
             _shapes.clear()
-        launch = _shapes[key] = _prepare(q, k, cos, sin, unsqueeze_dim, q_weight, inverse, norm)
+        launch = _shapes[key] = _prepare(q, k, cos, sin, unsqueeze_dim, q_weight, inverse, norm, rows)
     return launch(q, k, cos, sin, q_weight, k_weight, eps)
 
 
 def _prepare(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int, weight: Tensor | None, inverse: int, norm: int
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int, weight: Tensor | None, inverse: int, norm: int, rows: bool
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     """A launch with everything that shapes and strides decide filled in."""
     if q.stride(3) != 1 or k.stride(3) != 1 or cos.stride(2) != 1 or sin.stride() != cos.stride():
 
         def copied(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, qw: Any, kw: Any, eps: float) -> tuple[Tensor, Tensor]:
             return _run(
-                q.contiguous(), k.contiguous(), cos.contiguous(), sin.contiguous(), unsqueeze_dim, qw, kw, eps, inverse, norm
+                q.contiguous(), k.contiguous(), cos.contiguous(), sin.contiguous(), unsqueeze_dim, qw, kw, eps, inverse, norm,
+                rows,
             )
 
         return copied
     h_dim, s_dim = (1, 2) if unsqueeze_dim == 1 else (2, 1)
     qs, ks, cs = q.stride(), k.stride(), cos.stride()
-    qo, ko = torch.empty_like(q).stride(), torch.empty_like(k).stride()
+    qo, ko = (_like(x, unsqueeze_dim, rows).stride() for x in (q, k))
     batch, seq = q.shape[0], q.shape[s_dim]
     heads, kv_heads, dim = q.shape[h_dim], k.shape[h_dim], q.shape[3]
     device, dtype = q.get_device(), q.dtype
@@ -231,7 +232,10 @@ def _prepare(
     launches: dict[int, Any] = {}
 
     def run(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, qw: Any, kw: Any, eps: float) -> tuple[Tensor, Tensor]:
-        a, b = torch.empty_like(q), torch.empty_like(k)
+        if rows:
+            a, b = _like(q, unsqueeze_dim, rows), _like(k, unsqueeze_dim, rows)
+        else:
+            a, b = torch.empty_like(q), torch.empty_like(k)
         pq, pk, pc, ps = q.data_ptr(), k.data_ptr(), cos.data_ptr(), sin.data_ptr()
         pw, pv = (qw.data_ptr(), kw.data_ptr()) if norm else (pq, pk)
         low = (pq | pk | pc | ps | pw | pv) & 15
@@ -246,6 +250,13 @@ def _prepare(
         return a, b
 
     return run
+
+
+def _like(x: Tensor, unsqueeze_dim: int, rows: bool) -> Tensor:
+    if not rows:
+        return torch.empty_like(x)
+    b, m, n, d = x.shape
+    return x.new_empty((b, n, m, d)).transpose(1, 2) if unsqueeze_dim == 1 else x.new_empty(x.shape)
 
 
 class _Rope(torch.autograd.Function):
@@ -295,8 +306,8 @@ class _NormRope(torch.autograd.Function):
                 return formula(_norm_formula(q, v, eps, offset), _norm_formula(k, w, eps, offset), cos, sin, dim)
 
             return *differentiable(both, (q, k, q_weight, k_weight), dq, dk), None, None, None, None, None
-        dq, dk = _run(dq, dk, cos, sin, ctx.dim, None, None, 0.0, 1)
-        # (B, H, S, D) as the model lays it out is (B, S, H, D) in memory: rows of D either way, in that order
+        dq, dk = _run(dq, dk, cos, sin, ctx.dim, None, None, 0.0, 1, rows=True)
+        # (B, H, S, D) as the model lays it out is (B, S, H, D) in memory, and so are dq and dk now: permuted, none is copied
         order = (0, 2, 1, 3) if ctx.dim == 1 else (0, 1, 2, 3)
         out = []
         for x, w, d in ((q, q_weight, dq), (k, k_weight, dk)):
