@@ -20,7 +20,7 @@ def kernels():
     package = types.ModuleType("layers_cuda_under_test")
     package.__path__ = [str(BUILD)]
     sys.modules[package.__name__] = package
-    names = ("rms_norm", "glu", "rope", "layers")
+    names = ("rms_norm", "gated_norm", "glu", "rope", "layers")
     yield types.SimpleNamespace(**{n: importlib.import_module(f"{package.__name__}.{n}") for n in names})
     for name in [m for m in sys.modules if m.startswith(package.__name__)]:
         del sys.modules[name]
@@ -52,11 +52,40 @@ def rms(x, w, offset=0):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("offset", [0, 1])
-@pytest.mark.parametrize("shape", [(1, 1, 1024), (3, 7, 1000), (2, 5, 16, 128), (1, 37, 4096), (2, 3, 8192)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1024), (3, 7, 1000), (2, 5, 16, 128), (1, 37, 4096), (2, 3, 8192), (2, 3, 16384)], ids=str
+)
 def test_rms_norm_and_its_gradients(kernels, dtype, shape, offset):
     x, w = torch.randn(shape, device="cuda", dtype=dtype), torch.randn(shape[-1], device="cuda", dtype=dtype)
     error = both(lambda x, w: kernels.rms_norm.rms_norm(x, w, 1e-6, offset), lambda x, w: rms(x, w, offset), (x, w), dtype)
     assert error < TOLERANCES[dtype]
+
+
+def gated(x, z, w, act, groups, before):
+    a = torch.nn.functional.silu(z) if act == "silu" else torch.sigmoid(z)
+    h = (x * a if before else x).unflatten(-1, (groups, -1))
+    n = (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)).flatten(-2) * w
+    return n if before else n * a
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("act", ["silu", "sigmoid"])
+@pytest.mark.parametrize(
+    ("shape", "groups"), [((3, 7, 1000), 1), ((333, 128), 1), ((2, 37, 4096), 8), ((2, 3, 16384), 1)], ids=str
+)
+def test_gated_norms_and_their_gradients(kernels, dtype, before, act, shape, groups):
+    x, z = (torch.randn(shape, device="cuda", dtype=dtype) for _ in range(2))
+    w = torch.randn(shape[-1], device="cuda", dtype=dtype)
+    wide = torch.randn(*shape[:-1], shape[-1] + 64, device="cuda", dtype=dtype)[..., 64:]
+    for gate in (z, wide):
+        error = both(
+            lambda x, z, w: kernels.gated_norm.rms_norm_gated(x, z, w, 1e-6, act, groups, before=before),
+            lambda x, z, w: gated(x, z, w, act, groups, before),
+            (x, gate, w),
+            dtype,
+        )
+        assert error < TOLERANCES[dtype]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -76,3 +76,31 @@ def test_modules_on_two_devices_are_each_served_by_their_own_build(swapper):
     assert isinstance(there, Kept)
     assert there.reason == "kernelswap/layers:RMSNorm is not compiled on this machine yet"
     assert isinstance(mlp, Swap)
+
+
+def test_each_gated_norm_is_served_by_the_kernel_that_computes_what_it_computes(swapper):
+    pytest.importorskip("transformers")
+    from transformers.models.bamba.modeling_bamba import BambaRMSNormGated
+    from transformers.models.falcon_h1.modeling_falcon_h1 import FalconH1RMSNormGated
+    from transformers.models.mamba2.modeling_mamba2 import MambaRMSNormGated
+    from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormGated
+
+    norms = nn.ModuleList(
+        [
+            Qwen3NextRMSNormGated(128),
+            MambaRMSNormGated(256, group_size=256),
+            BambaRMSNormGated(256, group_size=64),
+            FalconH1RMSNormGated(256, n_groups=2, norm_before_gate=True),
+            FalconH1RMSNormGated(256, n_groups=2, norm_before_gate=False),
+        ]
+    ).to("cuda", torch.bfloat16)
+    for norm in norms:
+        nn.init.normal_(norm.weight)
+    inputs = [torch.randn(2, 33, n.weight.shape[0], device="cuda", dtype=torch.bfloat16) for n in norms]
+    expected = [n(x, x.flip(1)) for n, x in zip(norms, inputs, strict=True)]
+    with swapper.swap(norms) as applied:
+        served = [o.training.implementation.layer for o in applied.outcomes]
+        assert served == ["RMSNormGated", "RMSNormGateFirst", "RMSNormGateFirst", "RMSNormGatedGroups", "RMSNormGatedGroups"]
+        for norm, x, want in zip(norms, inputs, expected, strict=True):
+            torch.testing.assert_close(norm(x, x.flip(1)), want, rtol=2e-2, atol=2e-2)
+        assert applied.refusals == ()

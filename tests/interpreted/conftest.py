@@ -17,6 +17,9 @@ collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["tes
 TOLERANCES = {torch.bfloat16: 1.6e-2, torch.float16: 1e-3, torch.float32: 1e-5}
 """Those of tests/gpu, but for bfloat16: the interpreter cuts it off where a GPU rounds, twice the error."""
 
+MODULES = ("rms_norm", "gated_norm", "glu", "rope")
+"""The files with kernels of `layers`."""
+
 
 def package(name, folder, *names):
     """The files of a build as a package of that name, without its `__init__`."""
@@ -28,7 +31,7 @@ def package(name, folder, *names):
 
 @pytest.fixture(scope="session")
 def layers():
-    found = package("layers_interpreted", "layers/build/torch-cuda", "_launch", "rms_norm", "glu", "rope", "layers")
+    found = package("layers_interpreted", "layers/build/torch-cuda", "_launch", *MODULES, "layers")
     assert found._launch.INTERPRETED
     return found
 
@@ -50,7 +53,7 @@ def as_on_a_gpu():
 def launches(layers, monkeypatch):
     """The kernels that were launched, by name: what went through the formula instead leaves none."""
     seen = []
-    for module in (layers.rms_norm, layers.glu, layers.rope):
+    for module in (getattr(layers, name) for name in MODULES):
 
         def bind(fn, *args, _bind=layers._launch.bind, **more):
             launch = _bind(fn, *args, **more)

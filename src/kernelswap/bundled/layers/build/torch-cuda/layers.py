@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn as nn
 from torch import Tensor
 
+from .gated_norm import formula_ungated, known, rms_norm_gated
 from .glu import act_mul
 from .rms_norm import add_rms_norm, rms_norm
 from .rope import norm_rope, rope
@@ -38,6 +39,49 @@ class RMSNormZeroCentered(nn.Module):
         except AttributeError:
             eps = self.variance_epsilon
         return rms_norm(x, self.weight, eps, 1)
+
+
+class RMSNormGated(nn.Module):
+    """norm(x) * weight * act(gate): Qwen3-Next's and Kimi's. Reads `weight` (N,), `variance_epsilon` or `eps`, `activation`."""
+
+    can_torch_compile = True
+    has_backward = True
+
+    def forward(self, hidden_states: Tensor, gate: Tensor | None = None) -> Tensor:
+        """hidden_states, gate (..., N) -> (..., N)."""
+        return _gated(self, hidden_states, gate, known(self.activation), 1, before=False)
+
+
+class RMSNormGateFirst(nn.Module):
+    """norm(x * silu(gate)) * weight by groups: Mamba-2's. Reads `weight` (N,), `variance_epsilon` or `eps`, `group_size`."""
+
+    can_torch_compile = True
+    has_backward = True
+
+    def forward(self, hidden_states: Tensor, gate: Tensor | None = None) -> Tensor:
+        """hidden_states, gate (..., N) -> (..., N)."""
+        return _gated(self, hidden_states, gate, "silu", self.weight.shape[0] // self.group_size, before=True)
+
+
+class RMSNormGatedGroups(nn.Module):
+    """Either of the two by groups, with silu: FalconH1's. Reads `n_groups` and `norm_before_gate` besides weight and eps."""
+
+    can_torch_compile = True
+    has_backward = True
+
+    def forward(self, hidden_states: Tensor, gate: Tensor | None = None) -> Tensor:
+        """hidden_states, gate (..., N) -> (..., N)."""
+        return _gated(self, hidden_states, gate, "silu", self.n_groups, before=not self.norm_before_gate)
+
+
+def _gated(norm: nn.Module, x: Tensor, gate: Tensor | None, act: str, groups: int, *, before: bool) -> Tensor:
+    try:
+        eps = norm.variance_epsilon
+    except AttributeError:
+        eps = norm.eps
+    if gate is None:
+        return formula_ungated(x, norm.weight, eps, groups)
+    return rms_norm_gated(x, gate, norm.weight, eps, act, groups, before=before)
 
 
 class SwiGLUMLP(nn.Module):

@@ -18,8 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import INTERPRETED, bind, current_device, current_stream, multiprocessors, on
-
+from ._launch import INTERPRETED, bind, current_device, current_stream, multiprocessors, on, stages
 from ._second import differentiable, recorded
 
 
@@ -249,10 +248,11 @@ def _run_backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float, offset: int
     if found is None:
         block = triton.next_power_of_2(n)
         tile = max(1, 4096 // block) if block <= 1024 else 1
-        warps = 8 if block >= 8192 else 4
+        warps = 16 if block >= 16384 else 8 if block >= 8192 else 4
+        loaded = block * tile * (dy.element_size() + x.element_size() + (0 if ds is None else extra.element_size()))
         launch = bind(
             _backward, (dy, extra, x, weight, dx, partial, 17, 17, 1e-6), device=device, num_warps=warps,
-            N=n, BLOCK=block, ROWS=tile, OFFSET=offset, RESIDUAL=int(ds is not None), STAGES=3,
+            N=n, BLOCK=block, ROWS=tile, OFFSET=offset, RESIDUAL=int(ds is not None), STAGES=stages(loaded, device),
         )  # fmt: skip
         total = bind(_sum_partials, (partial, dw, 17), device=device, num_warps=4, N=n, BLOCK=32, ROWS=64)
         found = _backwards[key] = launch, total
