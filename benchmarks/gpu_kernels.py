@@ -268,7 +268,7 @@ def main(asked: argparse.Namespace) -> int:
     )
     for name, why in gpu_peers.WHY.items():
         print(f"{name}: {why}"[:79])
-    print("kernel                 shape              time      share of floor; over the best rival")
+    print(f"{'kernel':22} {'shape':16} {'time':>12} {'floor':>5} over the next best")
     parts = {
         ("H1",): lambda: hosts(board, layers),
         ("K1", "K2"): lambda: rms_norm(board, layers),
