@@ -95,6 +95,8 @@ def one(gpu: str, files: list[dict[str, Any]]) -> list[str]:
     if kernels:
         ordered = sorted(kernels, key=lambda row: row["kernel"])
         lines += ["### Kernels", "", f"![Share of the floor](img/{slug(gpu)}-kernels.svg)", "", *_kernels(ordered)]
+    if hosts := [row["us"] for row in rows if row.get("kernel") == "H1 host cost"]:
+        lines += ["### Host", "", "Microseconds of CPU that one call costs, at one token.", "", *_hosts(hosts[-1])]
     if behind := targets.losers(rows):
         lines += [
             "### Where others were faster",
@@ -131,6 +133,16 @@ def _kernels(rows: list[Row]) -> list[str]:
     for row in rows:
         for name, why in row.get("out", {}).items():
             lines += ["", f"{_cell(row['kernel'])}, {row['shape']}: {_cell(name)} took no part ({_cell(why[:100])})."]
+    return [*lines, ""]
+
+
+def _hosts(costs: dict[str, float]) -> list[str]:
+    """Each call without a gradient and, where that was measured, with one."""
+    lines = ["| call | us | with gradient |", "| --- | ---: | ---: |"]
+    for name, us in costs.items():
+        if not name.endswith(" with grad"):
+            graded = costs.get(f"{name} with grad")
+            lines.append(f"| {_cell(name)} | {us:.1f} | {'' if graded is None else f'{graded:.1f}'} |")
     return [*lines, ""]
 
 
