@@ -213,8 +213,7 @@ def _prepare(
     )  # fmt: skip
     odd = any(x & 15 for x in strides)
     large = max(strides) > 2147483647
-    # heads per program, measured: the norm's reductions want more of them in flight
-    group = min(16 if weight is None else 32, triton.next_power_of_2(max(heads, kv_heads)))
+    group = min(16, triton.next_power_of_2(max(heads, kv_heads)))  # heads per program, measured
     blocks = batch * seq * (-(-heads // group) - (-kv_heads // group))
 
     def compiled(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, low: int) -> Any:

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import INTERPRETED, bind, current_stream, on
+from ._launch import INTERPRETED, bind, current_stream, multiprocessors, on
 from .formula import Terms
 from .formula import losses as formula
 
@@ -52,16 +52,20 @@ def _sweeps(
     Z += row * V
     col = tl.arange(0, BLOCK)
     if LOSSES:
-        m = tl.full((BLOCK,), float("-inf"), tl.float32)
-        acc = tl.zeros((BLOCK,), tl.float32)
-        plain = tl.zeros((BLOCK,), tl.float32)
+        # A maximum and a sum for every 8 neighbours, which one thread reads at once, not for every column: half the exponentials
+        # (of a multiprocessor's 16 a cycle, the two sweeps would take longer than the memory).
+        few = tl.arange(0, BLOCK // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
+        m = tl.full((BLOCK // 8,), float("-inf"), tl.float32)
+        acc = tl.zeros((BLOCK // 8,), tl.float32)
+        plain = tl.zeros((BLOCK // 8,), tl.float32)
         for start in tl.range(0, V, BLOCK, num_stages=STAGES):
-            z = _read(Z, start + col, V, pre, post, SHAPE, "evict_last")
+            z = _read(Z, start + few, V, pre, post, SHAPE, "evict_last")
             if SMOOTH:
-                plain += tl.where(start + col < V, z, 0.0)
-            new = tl.maximum(m, z)
+                plain += tl.sum(tl.where(start + few < V, z, 0.0), axis=1)
+            new = tl.maximum(m, tl.max(z, axis=1))
             safe = tl.where(new == float("-inf"), 0.0, new)
-            acc = acc * tl.exp2((m - safe) * 1.4426950408889634) + tl.exp2((z - safe) * 1.4426950408889634)
+            acc = acc * tl.exp2((m - safe) * 1.4426950408889634)
+            acc += tl.sum(tl.exp2((z - safe[:, None]) * 1.4426950408889634), axis=1)
             m = new
         top = tl.max(m, axis=0)
         lse = top + tl.log(tl.sum(acc * tl.exp2((m - top) * 1.4426950408889634), axis=0))
@@ -98,14 +102,15 @@ def _sweeps(
             tl.store(DZ + at, tl.where(counts, d * by, 0.0), mask=at < V, cache_modifier=".cs")
 
 
-@triton.jit
-def _scale(DZ, G, n, BLOCK: tl.constexpr):
-    """DZ *= G[0], and nothing at all where G[0] is 1: the usual end of a backward pass costs one load per block."""
+@triton.jit(do_not_specialize=["programs"])
+def _scale(DZ, G, n, programs, BLOCK: tl.constexpr):
+    """DZ *= G[0], and nothing at all where G[0] is 1: the usual end of a backward pass costs one load per program."""
     g = tl.load(G).to(tl.float32)
     if g != 1.0:
-        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        z = tl.load(DZ + at, mask=at < n, other=0.0).to(tl.float32)
-        tl.store(DZ + at, z * g, mask=at < n)
+        for start in tl.range(tl.program_id(0).to(tl.int64) * BLOCK, n, programs * BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            z = tl.load(DZ + at, mask=at < n, other=0.0).to(tl.float32)
+            tl.store(DZ + at, z * g, mask=at < n)
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -132,7 +137,7 @@ def sweep(
     launch = _bound.get(key)
     if launch is None:
         # 32 warps fill a multiprocessor with one row; terms that keep more beside each logit would spill at 16384
-        block = min(8192 if modes[0] == 2 or modes[1] else 16384, triton.next_power_of_2(vocab))
+        block = min(8192 if modes[0] == 2 or modes[1] else 16384, max(8, triton.next_power_of_2(vocab)))
         launch = _bound[key] = bind(
             _sweeps, (z, target, loss, lse, out, by, -100, 0.5, 0.5, 0.5, 0.5), device=device,
             num_warps=max(4, min(32, block // 256)), V=vocab, BLOCK=block, STAGES=1,
@@ -156,9 +161,10 @@ def scaled(dz: Tensor, by: Tensor) -> Tensor:
     launch = _scales.get(key)
     if launch is None:
         example = (1 << 32 if n > 2147483647 else 4096) + (n & 15 != 0)
-        launch = _scales[key] = bind(_scale, (dz, by, example), device=device, num_warps=8, BLOCK=8192)
+        launch = _scales[key] = bind(_scale, (dz, by, example, 17), device=device, num_warps=8, BLOCK=8192)
+    programs = min(-(-n // 8192), 4 * multiprocessors(device))
     with on(device):
-        launch(-(-n // 8192), current_stream(device), dz.data_ptr(), by.data_ptr(), n)
+        launch(programs, current_stream(device), dz.data_ptr(), by.data_ptr(), n, programs)
     return dz
 
 
