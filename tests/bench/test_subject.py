@@ -56,6 +56,7 @@ def test_a_model_without_a_tokenizer_is_one_sentence_too(tmp_path, demo):
     demo.model.save_pretrained(tmp_path)
     with pytest.raises(KernelSwapError, match="there is no tokenizer with it"):
         subject.load(str(tmp_path), device="cpu", dtype="auto", offline=True)
+    assert subject.load(str(tmp_path), offline=True, runs=False).model.config.vocab_size == demo.model.config.vocab_size
 
 
 def test_a_dtype_that_is_none_names_those_that_are():

@@ -138,8 +138,10 @@ def demo(*, device: str = "cpu", dtype: str = "float32") -> Subject:
     return subject
 
 
-def load(name: str, *, device: str = "cpu", dtype: str = "auto", offline: bool = False) -> Subject:
+def load(name: str, *, device: str = "cpu", dtype: str = "auto", offline: bool = False, runs: bool = True) -> Subject:
     """Any causal language model or encoder: an id on the hub or a directory. Code in a model's repository is never run.
+
+    Without `runs` it is only looked at: there is no prompt, and no tokenizer is needed.
 
     Raises:
         KernelSwapError: it cannot be loaded; with Transformers' own words.
@@ -156,7 +158,7 @@ def load(name: str, *, device: str = "cpu", dtype: str = "auto", offline: bool =
         loader = AutoModelForCausalLM if causal else AutoModel
         wanted = dtype if dtype == "auto" else _dtype(dtype)
         model = loader.from_pretrained(where, config=config, dtype=wanted, local_files_only=only_local)
-        words = AutoTokenizer.from_pretrained(where, local_files_only=only_local)
+        words = AutoTokenizer.from_pretrained(where, local_files_only=only_local) if runs else None
     except (OSError, ValueError, KeyError, ImportError) as e:
         raise KernelSwapError(
             f"Transformers cannot load it: {str(e).strip().splitlines()[0]}",
@@ -170,7 +172,8 @@ def load(name: str, *, device: str = "cpu", dtype: str = "auto", offline: bool =
         model.generation_config.eos_token_id = None
     short = "/".join(local.resolve().parts[-2:]) if local.is_dir() else name
     subject = Subject(short, model, "causal" if causal else "encoder", {}, tokenizer=words)
-    _prompt(subject, device)
+    if runs:
+        _prompt(subject, device)
     return subject
 
 

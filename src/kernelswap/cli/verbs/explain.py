@@ -86,7 +86,8 @@ def command(
     folder = lock or (Path(model) if Path(model).is_dir() else Path())
     with progress(quiet=as_json) as report:
         report("loading the model", 0, 0)
-        loaded = subject.load(model, device=where(device), dtype=dtype, offline=offline or bundle is not None)
+        away = offline or bundle is not None
+        loaded = subject.load(model, device=where(device), dtype=dtype, offline=away, runs=measure)
         report("loading the model", 1, 1)
         options: dict[str, Any] = {"only": only, "skip": skip, "build": "wait", "choose": choose, "progress": report}
         swapper = session.swapper(cache=cache, offline=offline, bundle=bundle)

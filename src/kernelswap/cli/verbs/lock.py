@@ -48,7 +48,7 @@ def command(
         if model is not None:
             from ...bench import subject
 
-            loaded = subject.load(model, device=where(None), dtype="auto", offline=False)
+            loaded = subject.load(model, device=where(None), dtype="auto", offline=False, runs=False)
             outcomes = swapper.plan(loaded.model, hub=hub, build="wait", progress=tell)
             made = locking.of_model(outcomes, kept)
         else:

@@ -55,7 +55,7 @@ def command(
     table = session.table(use)
     with progress(quiet=as_json) as report:
         report("loading the model", 0, 0)
-        loaded = subject.load(model, device=where(None), dtype=dtype, offline=offline)
+        loaded = subject.load(model, device=where(None), dtype=dtype, offline=offline, runs=False)
         report("loading the model", 1, 1)
         base = session.swapper(cache=cache, offline=offline)
         ledger = Ledger(base.prover)
