@@ -143,3 +143,15 @@ def test_a_fact_that_is_none_is_pointed_at(call, minilm):
     err = call("plan", minilm, "--machine", "torch=2.14,cuad=13", code=exits.USAGE).err
     assert "did you mean cuda?" in err
     assert "says nothing" in call("plan", minilm, "--machine", "", code=exits.USAGE).err
+
+
+def test_attention_is_one_more_site_when_it_is_asked_for(call, warm_cache, qwen):
+    argv = ("plan", qwen, "--machine", CUDA, "--cache", warm_cache, "--json")
+    assert "attention" not in by_layer(json.loads(call(*argv).out))
+    site = by_layer(json.loads(call(*argv, "--attention").out))["attention"]
+    assert site["here"] == site["there"] == "kernelswap/attention:flash_attn_forward"
+    found = json.loads(call("explain", qwen, "--cache", warm_cache, "--attention", "--json").out)
+    (outcome,) = [o for o in found["outcomes"] if o["layer"] == "attention"]
+    assert outcome["swapped"]
+    assert {k["name"] for k in found["kernels"]} == {"layers", "attention"}
+    assert len(found["lock"]["kernels"]) == 2

@@ -86,6 +86,7 @@ def run(  # noqa: PLR0913  # what a user may want, each under its name
     train: bool = True,
     compile: bool = True,  # noqa: A002  # the word that users know
     hub: bool = False,
+    attention: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Candidates first, for `SHARE` of `seconds` or less; then the model as it is against the model with what won.
@@ -95,7 +96,7 @@ def run(  # noqa: PLR0913  # what a user may want, each under its name
     mode = None if train else Mode.INFERENCE
     tell = progress or (lambda *_: None)
     contest = swapper.measure(subject.model, seconds=SHARE * seconds, mode=mode, compile=compile, hub=hub, progress=progress)
-    swap = functools.partial(swapper.swap, choose="measured", hub=hub)
+    swap = functools.partial(swapper.swap, choose="measured", hub=hub, attention=attention or None)
     rest = (1 - SHARE) * seconds
     whole = job.Job(subject, swap, device, new_tokens, rest / 2 if train else rest, tell, mode)
     try:

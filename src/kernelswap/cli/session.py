@@ -32,6 +32,7 @@ Use = Annotated[
         "--use", help="A kernel of your own for a layer: RMSNorm=dir:///path:RMSNorm. Repeatable.", metavar="LAYER=SPEC"
     ),
 ]
+Attention = Annotated[bool, typer.Option("--attention", help="The model's attention, too, as swap(attention=True) switches it.")]
 
 
 def swapper(

@@ -41,6 +41,7 @@ def command(
         ),
     ] = None,
     hub: Annotated[bool, typer.Option("--hub", help="Kernels of the table that are on the hub are candidates, too.")] = False,
+    attention: session.Attention = False,
     no_compile: Annotated[bool, typer.Option("--no-compile", help="Leave out the originals under torch.compile.")] = False,
     no_train: Annotated[bool, typer.Option("--no-train", help="Inference alone: no backward, no training step.")] = False,
     plot: Annotated[
@@ -103,6 +104,7 @@ def command(
             train=not no_train,
             compile=not no_compile,
             hub=hub,
+            attention=attention,
             progress=report,
         )
     if plot is not None:

@@ -43,6 +43,7 @@ def command(
     dtype: Dtype = "auto",
     only: Only = None,
     skip: Skip = None,
+    attention: session.Attention = False,
     choose: Annotated[
         str,
         typer.Option("--choose", help="table, or measured: what `kernelswap bench` found to be the fastest here.", metavar="HOW"),
@@ -90,6 +91,7 @@ def command(
         loaded = subject.load(model, device=where(device), dtype=dtype, offline=away, runs=measure)
         report("loading the model", 1, 1)
         options: dict[str, Any] = {"only": only, "skip": skip, "build": "wait", "choose": choose, "progress": report}
+        options["attention"] = attention or None
         swapper = session.swapper(cache=cache, offline=offline, bundle=bundle)
         outcomes = swapper.plan(loaded.model, **options)
         if measure:

@@ -27,6 +27,7 @@ def command(
         typer.Option("--machine", help="What is different there: torch=2.14,cuda=13.2,sm=120,offline.", metavar="FACTS"),
     ],
     hub: Annotated[bool, typer.Option("--hub", help="Count in kernels of the table that are on the hub.")] = False,
+    attention: session.Attention = False,
     use: session.Use = None,
     dtype: Dtype = "auto",
     only: Only = None,
@@ -63,6 +64,7 @@ def command(
             sources=base.sources, verifiers=base.verifiers, machine=base.machine, store=base.store, prover=ledger, cache=cache
         )
         options: dict[str, Any] = {"table": table, "only": only, "skip": skip, "hub": hub, "build": "wait", "progress": report}
+        options["attention"] = attention or None
         outcomes = swapper.plan(loaded.model, **options)
         report("asking for the other machine", 0, 0)
         elsewhere = session.swapper(cache=cache, offline=offline or "offline" in dict(there.why))
