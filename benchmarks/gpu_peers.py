@@ -27,10 +27,13 @@ def peer(name: str, distribution: str, module: str) -> Any:
     """The module, or `None` with the reason kept."""
     try:
         found = importlib.import_module(module)
-        WHY[name] = importlib.metadata.version(distribution)
     except Exception as e:  # noqa: BLE001  # packages raise what they like when their GPU is not there
         WHY[name] = f"not importable here ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''})"
         return None
+    try:
+        WHY[name] = importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:  # on the path without its metadata
+        WHY[name] = "of an unknown version"
     return found
 
 
