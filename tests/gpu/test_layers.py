@@ -20,7 +20,7 @@ def kernels():
     package = types.ModuleType("layers_cuda_under_test")
     package.__path__ = [str(BUILD)]
     sys.modules[package.__name__] = package
-    names = ("rms_norm", "gated_norm", "glu", "rope", "layers")
+    names = ("rms_norm", "gated_norm", "layer_norm", "glu", "rope", "layers")
     yield types.SimpleNamespace(**{n: importlib.import_module(f"{package.__name__}.{n}") for n in names})
     for name in [m for m in sys.modules if m.startswith(package.__name__)]:
         del sys.modules[name]
@@ -83,6 +83,23 @@ def test_gated_norms_and_their_gradients(kernels, dtype, before, act, shape, gro
             lambda x, z, w: kernels.gated_norm.rms_norm_gated(x, z, w, 1e-6, act, groups, before=before),
             lambda x, z, w: gated(x, z, w, act, groups, before),
             (x, gate, w),
+            dtype,
+        )
+        assert error < TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(3, 7, 1000), (333, 128), (2, 37, 4096), (2, 3, 16384)], ids=str)
+def test_layer_norms_and_their_gradients(kernels, dtype, shape):
+    x, (w, b) = torch.randn(shape, device="cuda", dtype=dtype), torch.randn(2, shape[-1], device="cuda", dtype=dtype)
+    want = torch.nn.functional.layer_norm
+    for scaled, shifted in ((True, True), (True, False), (False, False)):
+        inputs = x, *([w] if scaled else ()), *([b] if shifted else ())
+        missing = (None,) * (3 - len(inputs))
+        error = both(
+            lambda x, *t: kernels.layer_norm.layer_norm(x, *t, *missing, 1e-5),  # noqa: B023 -- called within the turn
+            lambda x, *t: want(x, shape[-1:], *t, *missing, 1e-5),  # noqa: B023 -- likewise
+            inputs,
             dtype,
         )
         assert error < TOLERANCES[dtype]

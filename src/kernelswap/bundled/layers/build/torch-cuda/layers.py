@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .gated_norm import formula_ungated, known, rms_norm_gated
 from .glu import act_mul
+from .layer_norm import layer_norm
 from .rms_norm import add_rms_norm, rms_norm
 from .rope import norm_rope, rope
 
@@ -82,6 +83,19 @@ def _gated(norm: nn.Module, x: Tensor, gate: Tensor | None, act: str, groups: in
     if gate is None:
         return formula_ungated(x, norm.weight, eps, groups)
     return rms_norm_gated(x, gate, norm.weight, eps, act, groups, before=before)
+
+
+class LayerNorm(nn.Module):
+    """torch.nn.LayerNorm over the last dimension. Reads `weight`, `bias` (either may be None), `eps`, `normalized_shape`."""
+
+    can_torch_compile = True
+    has_backward = True
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input (..., N) -> (..., N)."""
+        if len(self.normalized_shape) != 1:
+            return nn.functional.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+        return layer_norm(input, self.weight, self.bias, self.eps)
 
 
 class SwiGLUMLP(nn.Module):
