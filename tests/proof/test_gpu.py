@@ -1,4 +1,4 @@
-"""The same on a GPU: needs one, never runs in CI. About a minute and a half on an H200's host, most of it proofs of many small calls.
+"""The same on a GPU: needs one, never runs in CI. One to two minutes, most of them proofs of many small calls and child processes that start.
 
 The zoo: one dtype of each kernel; more of it is `python benchmarks/zoo.py --device cuda:0`.
 """
@@ -168,9 +168,9 @@ def test_a_cuda_kernel_that_writes_out_of_bounds_does_not_reach_this_process(tmp
 def test_a_kernel_that_never_ends_on_the_device_is_given_up(tmp_path):
     root = tmp_path / "kernel"
     start = time.monotonic()
-    verdict = met(grown(root, artifact(root, TRITON, native=False), bad=FOR_EVER), limit=15.0)
+    verdict = met(grown(root, artifact(root, TRITON, native=False), bad=FOR_EVER), limit=10.0)
     assert not verdict.accepted
-    assert "does not return within 15 s (tried in a child process)" in verdict.reason
+    assert "does not return within 10 s (tried in a child process)" in verdict.reason
     assert time.monotonic() - start < 40
 
 
@@ -290,7 +290,7 @@ def test_what_is_measured_on_the_device_decides_between_kernel_and_original(tmp_
 def test_the_bench_verb_measures_a_small_model_there(tmp_path):
     from tests.cli.test_demo import environment, run
 
-    argv = ("bench", "demo", "--device", "cuda", "--no-compile", "--no-train", "--time-budget", "20", "--json")
+    argv = ("bench", "demo", "--device", "cuda", "--no-compile", "--no-train", "--time-budget", "12", "--json")
     surroundings = environment(tmp_path / "cache", tmp_path, CUDA_VISIBLE_DEVICES=os.environ.get("CUDA_VISIBLE_DEVICES", "0"))
     process = run("-m", "kernelswap", *argv, env=surroundings, cwd=tmp_path)
     assert process.returncode in {0, 1}, process.stderr
@@ -326,7 +326,7 @@ def test_the_bundled_kernels_are_accepted():
         forward = getattr(forward, "forward", forward)  # noqa: PLW2901  # a function as a layer
         for width in (64, 1024) if name != "rotary" else (64, 128):
             for dtype in (torch.float32, torch.bfloat16):
-                for training in (False, True):
+                for training in (False, True) if dtype == torch.bfloat16 else (False,):
                     module = original.make(width).to("cuda", dtype)
                     where = replace(site(module, original.probe, kind), device="cuda:0", dtype=str(dtype))
                     verdict = Check(None).equivalent(

@@ -150,7 +150,7 @@ def _show(found: Checked, data: dict[str, Any], out: Console) -> None:
     else:
         out.print("No kernel would serve this model: `kernelswap explain` says why.")
     kept = sum(e.known for e in found.entries)
-    out.print(Text(f"{found.done} checks on real tensors ran; {kept} more were known from earlier ones.", style="dim"))
+    out.print(Text(f"{found.done} checks on real tensors ran; {kept} were known from earlier ones.", style="dim"))
     if found.refused:
         places = len({(path, layer) for path, layer, _ in found.refused})
         out.print(Text(f"A kernel was refused at {places} of {len(found.outcomes)} sites.", style="bold red"))
