@@ -1,4 +1,4 @@
-"""Attention: rows K8 (one token over a cache, its length on the device) and K9 (causal, prefill and training) of the kernels' benchmark."""
+"""Attention: rows K8 (one token over a cache, dense or in pages, its length on the device) and K9 (causal, prefill and training) of the kernels' benchmark."""
 
 from __future__ import annotations
 
@@ -75,6 +75,48 @@ def decode(board: Board, ours: types.SimpleNamespace) -> None:
             print(f"{kernel:22} {shape:16} FAILED at shorter lengths: error {error:.1e}", flush=True)
         board.save()
         del inputs, q, k, v
+        empty_cache()
+
+
+def paged(board: Board, ours: types.SimpleNamespace) -> None:
+    """The same over pages that a table orders: read in place, and gathered into a dense copy first, as it was before."""
+
+    def mine(q: Tensor, k: Tensor, v: Tensor, table: Tensor, length: Tensor) -> Tensor:
+        return ours.decode.decode(q, k.transpose(1, 2), v.transpose(1, 2), scale=SCALE, table=table, length=length)
+
+    def gathered(q: Tensor, k: Tensor, v: Tensor, table: Tensor, length: Tensor) -> Tensor:
+        k, v = (x[table].flatten(1, 2).transpose(1, 2) for x in (k, v))
+        return ours.decode.decode(q, k, v, scale=SCALE, length=length)
+
+    def reference(q: Tensor, k: Tensor, v: Tensor, table: Tensor, length: Tensor) -> Tensor:
+        out = []
+        for row in range(q.shape[0]):
+            keys, values = (x[table[row].long()].flatten(0, 1)[: int(length[row])].transpose(0, 1) for x in (k, v))
+            scores = q[row].view(HK, HQ // HK, D) @ keys.transpose(1, 2) * SCALE
+            out.append((torch.softmax(scores, -1) @ values).view(1, HQ, D))
+        return torch.stack(out)
+
+    for b, n, size in board.sizes([(32, 8192, 256), (32, 8192, 16), (1, 32768, 256), (1, 32768, 16)], [(32, 8192, 256)]):
+        batch, keys, page = (b, n, size) if CUDA else (min(b, 2), 96, min(size, 32))
+        kernel, shape = f"K8 decode, pages of {page}", f"{batch}x{keys}"
+        moved = 2 * batch * HK * keys * D * 2
+        if not board.room(kernel, shape, moved * 8):
+            continue
+        count = batch * keys // page
+        all_of_them = torch.full((batch,), keys, dtype=torch.int32, device=DEVICE)
+        inputs = [
+            (
+                randn(batch, HQ, 1, D, dtype=HALF),
+                *(randn(count, page, HK, D, dtype=HALF) for _ in range(2)),
+                torch.randperm(count, device=DEVICE, dtype=torch.int32).view(batch, -1),
+                all_of_them,
+            )
+            for _ in range(min(4, copies(moved)))
+        ]
+        candidates = {"kernelswap": mine, "gathered first": gathered}
+        repeat = 8 if moved < 1 << 26 else 1
+        board.compare(kernel, shape, moved / board.read * 1e6, inputs, candidates, reference, 6e-3, repeat=repeat)
+        del inputs
         empty_cache()
 
 

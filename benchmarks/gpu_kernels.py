@@ -277,7 +277,7 @@ def main(asked: argparse.Namespace) -> int:
         ("K5",): lambda: gated(board, layers),
         ("K6",): lambda: gpu_losses.cross_entropy(board, loss),
         ("K7",): lambda: gpu_losses.linear_cross_entropy(board, loss),
-        ("K8",): lambda: gpu_attention.decode(board, attention),
+        ("K8",): lambda: (gpu_attention.decode(board, attention), gpu_attention.paged(board, attention)),
         ("K9",): lambda: gpu_attention.causal(board, attention),
     }
     took = {}

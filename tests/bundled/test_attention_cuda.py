@@ -156,3 +156,64 @@ def test_capture_keeps_the_causal_path(kernel):  # noqa: F811
     torch.cuda.synchronize()
     assert torch.equal(out, wanted)
     assert error(one, exact(kernel, q[:, -1:], k, v, {})) < 2.5e-2
+
+
+@pytest.mark.parametrize("size", [1, 16, 64, 100, 256])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["causal", "window", "softcap", "sinks"])
+def test_pages_of_any_size_are_read_and_written_in_place(kernel, monkeypatch, size, dtype, name):  # noqa: F811
+    """Two kernels; what would gather the pages raises."""
+    monkeypatch.setattr(kernel.flash, "_write", None)
+    monkeypatch.setattr(kernel.flash, "_without_the_dead", None)
+    given = options(name, 8)
+    q, k, v = made((8, 2, 1, 1, 128, 128), dtype, batch=3)
+    keys = 700
+    count = -(-keys // size)
+    table = torch.randperm(3 * count, device="cuda").view(3, count).int()
+    old = torch.randn(2, 3, count * size, 2, 128, device="cuda", dtype=dtype)
+    pages = torch.empty(2, 3 * count, size, 2, 128, device="cuda", dtype=dtype)
+    pages[:, table.long()] = old.view(2, 3, count, size, 2, 128)
+    lengths = torch.tensor([0, 333, keys - 1], dtype=torch.int32, device="cuda")
+    before = pages.clone()
+    found = kernel.flash_attn_with_kvcache(q, *pages, k, v, cache_seqlens=lengths, block_table=table, **given)
+    for i, n in enumerate(lengths.tolist()):
+        at, inside = int(table[i, n // size]), n % size
+        assert torch.equal(pages[0, at, inside], k[i, 0])
+        assert torch.equal(pages[1, at, inside], v[i, 0])
+        before[:, at, inside] = pages[:, at, inside]
+        keys_i, values = torch.cat([old[0, i, :n], k[i]])[None], torch.cat([old[1, i, :n], v[i]])[None]
+        assert error(found[i], exact(kernel, q[i : i + 1], keys_i, values, given)[0]) < TOLERANCE[dtype]
+    assert torch.equal(pages, before), "nothing else was written"
+
+
+def test_a_captured_step_over_pages_follows_lengths_and_tables(kernel):  # noqa: F811
+    q, k, v = made((8, 2, 1, 1, 64, 64), torch.bfloat16, batch=4)
+    pages = torch.randn(2, 40, 16, 2, 64, device="cuda", dtype=torch.bfloat16)
+    table, lengths = torch.zeros(4, 8, device="cuda").int(), torch.zeros(4, device="cuda").int()
+
+    def step():
+        return kernel.flash_attn_with_kvcache(q, *pages, k, v, cache_seqlens=lengths, block_table=table, causal=True)
+
+    def steps(seed, count):
+        generator = torch.Generator(device="cuda").manual_seed(seed)
+        table.copy_(torch.randperm(40, device="cuda", generator=generator)[:32].view(4, 8))
+        lengths.copy_(torch.tensor([count, 3 * count, 7, -1], device="cuda"))
+
+    steps(0, 20)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+    for seed, count in ((1, 2), (2, 40)):
+        steps(seed, count)
+        kept = pages.clone()
+        graph.replay()
+        torch.cuda.synchronize()
+        found = out.clone()
+        pages.copy_(kept)
+        assert torch.equal(found[:3], step()[:3])
+        for i, n in enumerate(lengths.tolist()[:3]):
+            rows = [x[table[i].long()].flatten(0, 1)[None, : n + 1] for x in pages]
+            assert error(found[i], exact(kernel, q[i : i + 1], *rows, {})[0]) < 2.5e-2

@@ -38,7 +38,7 @@ def layers():
 
 @pytest.fixture(scope="session")
 def attention():
-    return package("attention_interpreted", "attention/build/torch-universal", "_launch", "decode", "dense")
+    return package("attention_interpreted", "attention/build/torch-universal", "_launch", "decode", "dense", "flash", "forward")
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""The decode kernel, interpreted, against attention in float64: groups, lengths, windows, soft caps, sinks, any strides."""
+"""The decode kernel, interpreted, against attention in float64: groups, lengths, windows, soft caps, sinks, any strides, pages."""
 
 import pytest
 import torch
@@ -154,3 +154,163 @@ def test_keys_that_are_not_seen_take_no_part_wherever_they_lie(attention, keys, 
     options = {"length": wide[:, 0], "mask": wide[:, 1:], "window": window}
     got = attention.decode.decode(q, k, v, scale=0.2, **options)
     assert error(got, exact(q, k, v, 0.2, **options)) < TOLERANCE
+
+
+# -- pages --------------------------------------------------------------------------------------------------------------
+
+
+def cut(x, size, table, spare=3):
+    """(B, HK, L, D) as pages (P, size, HK, D) in the order of `table`, each between others that are NaN."""
+    pages = torch.full((int(table.max()) + 1 + spare, size, x.shape[1], x.shape[3]), torch.nan, dtype=x.dtype)
+    for b, row in enumerate(table.tolist()):
+        for i, page in enumerate(row):
+            part = x[b, :, i * size : (i + 1) * size].transpose(0, 1)
+            pages[page, : part.shape[0]] = part
+    return pages
+
+
+def tabled(batch, count, dtype=torch.int32):
+    """Pages that no order can be read off."""
+    return (torch.randperm(batch * count + 5)[: batch * count] + 2).view(batch, count).to(dtype)
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIONS if name != "lengths"])  # they always have
+@pytest.mark.parametrize("size", [1, 16, 64, 100, 128, 300])
+@pytest.mark.parametrize("keys", [40, 300])
+def test_pages_are_read_where_they_lie(attention, keys, size, name):
+    q, k, v = made(8, 2, keys, 64, 48)
+    table = tabled(2, -(-keys // size))
+    given = dict(OPTIONS[name])
+    lengths = given["length"] = torch.tensor([keys, max(1, keys // 3)], dtype=torch.int32)
+    given.pop("lengths", None)
+    if given.pop("sinks", False):
+        given["sinks"] = torch.randn(8)
+    pages = [cut(x, size, table).transpose(1, 2) for x in (k, v)]
+    want = exact(q, k, v, 0.125, **given)
+    live = torch.arange(table.shape[1]) * size < lengths[:, None]
+    forms = (table, table.long(), torch.where(live, table, -1), torch.stack((table, table), -1)[..., 0])
+    for one in forms if name == "full" else forms[2:3]:
+        got = attention.decode.decode(q, *pages, scale=0.125, table=one, **given)
+        assert got.shape == (2, 1, 8, 48)
+        assert error(got, want) < TOLERANCE
+
+
+@pytest.mark.parametrize("window", [0, 70])
+@pytest.mark.parametrize("size", [16, 128])
+def test_pages_and_keys_that_are_not_seen(attention, size, window):
+    q, k, v = made(keys=400, batch=3)
+    table = tabled(3, -(-400 // size))
+    length = torch.tensor([400, 397, 201], dtype=torch.int32)
+    mask = (torch.rand(3, 400) < 0.6).int()
+    mask[0, :250] = 0
+    mask[torch.arange(3), length.long() - 1] = 1
+    pages = [cut(x, size, table).transpose(1, 2) for x in (k, v)]
+    got = attention.decode.decode(q, *pages, scale=0.2, table=table, length=length - 1, plus=1, mask=mask, window=window)
+    assert error(got, exact(q, k, v, 0.2, length=length, mask=mask, window=window)) < TOLERANCE
+
+
+def test_pages_of_any_strides(attention):
+    q, k, v = made(keys=150)
+    table = tabled(2, 5)
+    wide = torch.zeros(2, 20, 4, 40, 70, dtype=half)  # as one memory for two layers
+    for layer, x in enumerate((k, v)):
+        found = cut(x, 32, table, spare=0)
+        wide[layer, : len(found), ::2, 3:35, :64] = found.transpose(1, 2)
+    pages = [x[:, ::2, 3:35, :64] for x in wide]
+    length = torch.tensor([150, 33])
+    got = attention.decode.decode(q, *pages, scale=0.1, table=table, length=length)
+    assert error(got, exact(q, k, v, 0.1, length=length)) < TOLERANCE
+
+
+@pytest.mark.parametrize("size", [5, 64])
+@pytest.mark.parametrize("at_dtype", [torch.int32, torch.int64], ids=str)
+def test_each_new_key_goes_into_its_page_and_rows_to_spare_write_nothing(attention, size, at_dtype):
+    k, v = torch.randn(4, 2, 1, 16), torch.randn(4, 2, 1, 24)
+    caches = [torch.randn(12, size, 2, dim) for dim in (16, 24)]
+    table = torch.tensor([[7, 2, 9], [0, 5, -1], [-1, -1, -1], [4, -1, -1]], dtype=torch.int32)
+    at = torch.tensor([2 * size + 1, size - 1, -1, size], dtype=at_dtype)  # the last: of a page that it does not have
+    want = [cache.clone() for cache in caches]
+    for new, cache in zip((k, v), want, strict=True):
+        cache[9, 1], cache[0, size - 1] = new[0, :, 0], new[1, :, 0]
+    assert attention.decode.append(k, v, *(c.transpose(1, 2) for c in caches), at, table)
+    assert torch.equal(caches[0], want[0])
+    assert torch.equal(caches[1], want[1])
+
+
+def test_each_sequence_has_a_position_of_its_own(attention):
+    k, caches = torch.randn(3, 2, 1, 16), torch.zeros(2, 3, 2, 9, 16)
+    assert attention.decode.append(k, 2 * k, *caches, torch.tensor([4, 0, 9]))
+    assert torch.equal(caches[0, 0, :, 4], k[0, :, 0])
+    assert torch.equal(caches[1, 1, :, 0], 2 * k[1, :, 0])
+    assert not caches[:, 2].any()
+    assert caches.count_nonzero() == 4 * 2 * 16
+
+
+@pytest.fixture
+def through(attention, monkeypatch):
+    """flash-attention's functions as on a GPU, and what the kernels were asked for."""
+    asked = []
+    monkeypatch.setattr(attention.dense, "_launches", lambda x: True)
+    for name in ("decode", "append"):
+        real = getattr(attention.decode, name)
+
+        def noted(*args, name=name, real=real, **more):
+            asked.append(name)
+            return real(*args, **more)
+
+        monkeypatch.setattr(attention.decode, name, noted)
+    return asked
+
+
+@pytest.mark.parametrize("how", ["dense", "pages", "rows"])
+@pytest.mark.parametrize("options", [{}, {"window_size": (19, 0)}, {"softcap": 1.5}, {"s_aux": True}], ids=str)
+def test_one_token_over_a_cache_is_one_launch_to_write_and_one_to_read(attention, through, how, options):
+    given = {**options, "s_aux": torch.randn(4)} if "s_aux" in options else options
+    q, new_k, new_v = (torch.randn(3, 1, heads, 32).to(half) for heads in (4, 2, 2))
+    old = torch.randn(2, 3, 2, 48, 32).to(half)
+    seen = torch.tensor([0, 20, 47], dtype=torch.int32)
+    full = old.clone()
+    for b, n in enumerate(seen.tolist()):
+        full[0, b, :, n], full[1, b, :, n] = new_k[b, 0], new_v[b, 0]
+    if how == "pages":
+        table = tabled(3, 3)
+        caches, more = [cut(x, 16, table) for x in old], {"block_table": table}
+    elif how == "rows":
+        rows = torch.tensor([4, 0, 3], dtype=torch.int32)
+        caches, more = [torch.full((5, 48, 2, 32), torch.nan, dtype=half) for _ in old], {"cache_batch_idx": rows}
+        for cache, x in zip(caches, old, strict=True):
+            cache[rows.long()] = x.transpose(1, 2)
+    else:
+        caches, more = [x.transpose(1, 2).contiguous() for x in old], {}
+    got = attention.flash.flash_attn_with_kvcache(q, *caches, new_k, new_v, cache_seqlens=seen, causal=True, **more, **given)
+    window = options.get("window_size", (-1, 0))[0] + 1
+    rest = {"softcap": options.get("softcap", 0.0), "sinks": given.get("s_aux")}
+    want = exact(q.transpose(1, 2), *full, 32**-0.5, length=seen + 1, window=window, **rest)
+    assert error(got, want) < TOLERANCE
+    assert through == ["append", "decode"]
+
+
+def test_continuous_batching_reads_pages_in_place(attention, through):
+    """As Transformers calls it: every sequence one token, in one row; sequences to spare begin where they end."""
+    q, new_k, new_v = (torch.randn(1, heads, 4, 32).to(half) for heads in (4, 2, 2))
+    old = torch.randn(2, 4, 2, 96, 32).to(half)
+    table = tabled(4, 3)
+    caches = [cut(x, 32, table) for x in old]
+    seen = torch.tensor([5, 31, 64])
+    starts = torch.tensor([0, 6, 38, 103, 103], dtype=torch.int32)
+    table[0, 1:], table[3] = -1, -1
+    before = [cache.clone() for cache in caches]
+    module = torch.nn.Module()
+    found, _ = attention.forward.flash_attn_forward(
+        module, q, new_k, new_v, None, scaling=0.3, cu_seq_lens_q=torch.arange(5).int(), cu_seq_lens_k=starts, max_length_q=1,
+        max_length_k=1, block_table=table, k_cache=caches[0], v_cache=caches[1],
+    )  # fmt: skip
+    assert through == ["append", "decode"]
+    full = old.clone()
+    for b, n in enumerate(seen.tolist()):
+        full[0, b, :, n], full[1, b, :, n] = new_k[0, :, b], new_v[0, :, b]
+    want = exact(q.transpose(0, 2)[:3].transpose(2, 1).reshape(3, 4, 1, 32), *full[:, :3], 0.3, length=seen + 1)
+    assert found.shape == (1, 4, 4, 32)
+    assert error(found[0, :3, None], want) < TOLERANCE
+    changed = [(a.nan_to_num() != b.nan_to_num()).any(-1).any(-1).sum().item() for a, b in zip(caches, before, strict=True)]
+    assert changed == [3, 3], "a token of each sequence, and of none to spare"

@@ -4,7 +4,8 @@
 
 Split-KV ("flash decoding"): every program streams one part of one group's cache and keeps a running maximum, sum and
 weighted values; a second kernel joins the parts. The live length may lie in device memory, so that a captured graph
-follows it. Bytes: K and V once, whatever G is. Nothing is masked, repeated or planned per length.
+follows it. Bytes: K and V once, whatever G is. Nothing is masked, repeated or planned per length. A cache may be cut into pages
+that a table orders (arXiv:2309.06180): they are read where they lie.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ except ImportError:  # older Triton
     from triton.runtime.errors import OutOfResources as Unfit
 
 
-@triton.jit(do_not_specialize=["L", "splits", "scale", "window", "softcap", "slb", "smb"])
+@triton.jit(do_not_specialize=["L", "splits", "scale", "window", "softcap", "plus", "slb", "smb", "stb"])
 def _split(
-    Q, K, V, LEN, MASK, SINK, O, PM, PA, L, splits, scale, window, softcap, slb, smb,
+    Q, K, V, LEN, MASK, SINK, TABLE, O, PM, PA, L, splits, scale, window, softcap, plus, slb, smb, stb,
     sqb, sqh, skb, skh, sks, svb, svh, svs, sob, soh,
     HK: tl.constexpr, G: tl.constexpr, BG: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr,
     BN: tl.constexpr, HAS_LEN: tl.constexpr, HAS_MASK: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, HAS_SINK: tl.constexpr,
-    SINGLE: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
+    PAGED: tl.constexpr, PAGE: tl.constexpr, SINGLE: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     if OVERLAP:
         gdc_launch_dependents()  # the join may take its place once every part has begun; it waits there
@@ -43,14 +44,17 @@ def _split(
     b = (bh // HK).to(tl.int64)
     h = (bh % HK).to(tl.int64)
     if HAS_LEN:
-        length = tl.minimum(tl.load(LEN + b * slb).to(tl.int32), L)
+        length = tl.minimum(tl.load(LEN + b * slb).to(tl.int32) + plus, L)
     else:
         length = L
     first = 0
     if WINDOW:
         first = tl.maximum(length - window, 0)
-    per = tl.cdiv(tl.cdiv(length - first, BN), splits) * BN
-    lo = first + split * per
+    base = first
+    if PAGED == 2:
+        base = first // BN * BN  # so that no block reaches over the end of a page
+    per = tl.cdiv(tl.cdiv(length - base, BN), splits) * BN
+    lo = base + split * per
     hi = tl.minimum(lo + per, length)
     g = tl.arange(0, BG)
     d = tl.arange(0, BD)
@@ -60,12 +64,34 @@ def _split(
     m = tl.full((BG,), -1.0e30, tl.float32)
     l = tl.zeros((BG,), tl.float32)
     acc = tl.zeros((BG, BDV), tl.float32)
-    kp = K + b * skb + h * skh
-    vp = V + b * svb + h * svh
+    kp = K + h * skh
+    vp = V + h * svh
+    if PAGED == 0:
+        kp += b * skb
+        vp += b * svb
+    elif PAGED == 3:
+        page = tl.load(TABLE + b * stb).to(tl.int64)
+        kp += page * skb
+        vp += page * svb
     for start in tl.range(lo, hi, BN, num_stages=STAGES):
         at = (start + n).to(tl.int64)
         inside = start + n < hi
-        k = tl.load(kp + at[None, :] * sks + d[:, None], mask=inside[None, :] & (d < D)[:, None], other=0.0)
+        if WINDOW and PAGED == 2:
+            inside = inside & (start + n >= first)
+        if PAGED == 1:  # every key asks for its page
+            page = tl.load(TABLE + b * stb + (start + n) // PAGE, mask=inside, other=0).to(tl.int64)
+            at_page = ((start + n) % PAGE).to(tl.int64)
+            k_at = page * skb + at_page * sks
+            v_at = page * svb + at_page * svs
+        elif PAGED == 2:  # every block of keys does
+            page = tl.load(TABLE + b * stb + start // PAGE).to(tl.int64)
+            at_page = (start % PAGE + n).to(tl.int64)
+            k_at = page * skb + at_page * sks
+            v_at = page * svb + at_page * svs
+        else:
+            k_at = at * sks
+            v_at = at * svs
+        k = tl.load(kp + k_at[None, :] + d[:, None], mask=inside[None, :] & (d < D)[:, None], other=0.0)
         s = tl.dot(q, k)
         if SOFTCAP:
             x = s * (scale / softcap)
@@ -82,7 +108,7 @@ def _split(
             p = tl.where(seen[None, :], p, 0.0)  # a part of which nothing is seen counts for nothing
         fade = tl.exp2(m - top)
         l = l * fade + tl.sum(p, axis=1)
-        v = tl.load(vp + at[:, None] * svs + dv[None, :], mask=inside[:, None] & (dv < DV)[None, :], other=0.0)
+        v = tl.load(vp + v_at[:, None] + dv[None, :], mask=inside[:, None] & (dv < DV)[None, :], other=0.0)
         acc = acc * fade[:, None] + tl.dot(p.to(v.dtype), v)
         m = top
     if SINGLE:
@@ -142,7 +168,7 @@ def _may_overlap(device: int) -> bool:
 
 
 def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """q (B, HQ, 1, D), k (B, HK, L, D), v (B, HK, L, DV): bf16 or fp16 on a GPU, D contiguous, up to 256, no gradients."""
+    """q (B, HQ, 1, D), k (B, HK, L, D), v (B, HK, L, DV), or pages (P, HK, size, D or DV): bf16 or fp16 on a GPU, D contiguous, up to 256, no gradients."""
     return (
         q.is_cuda is not INTERPRETED
         and q.shape[2] == 1
@@ -162,7 +188,7 @@ def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 def decode(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float, length: Tensor | None = None, mask: Tensor | None = None,
-    window: int = 0, softcap: float = 0.0, sinks: Tensor | None = None,
+    window: int = 0, softcap: float = 0.0, sinks: Tensor | None = None, table: Tensor | None = None, plus: int = 0,
 ) -> Tensor:  # fmt: skip
     """Attention of the newest token over what came before it and itself.
 
@@ -170,9 +196,16 @@ def decode(
     length (B,) int32 or int64 on the device: how many of the L keys live; None: all. window: the last so many only; 0: all.
     mask (B, L or more) int32, rows of any distance: 0 where a key is not seen; None: all that live are.
     softcap: s -> c tanh(s/c); 0: none. sinks (HQ,): a logit per head that takes part in the sum and has no value.
+    table (B, pages) int32 or int64, rows of any distance: k and v are pages (P, HK, size, D or DV) of any size, and L is pages * size;
+    pages past the live length may be any number. plus: so many more live than `length` says.
     """
     batch, heads, _, dim = q.shape
-    kv_heads, keys, value_dim = k.shape[1], k.shape[2], v.shape[3]
+    kv_heads, page, value_dim = k.shape[1], k.shape[2], v.shape[3]
+    keys, paged = page, 0
+    if table is not None:
+        table = table if table.stride(1) == 1 or table.shape[1] == 1 else table.contiguous()
+        keys = page * table.shape[1]
+        paged = 3 if table.shape[1] == 1 else (1 if page % _BLOCK else 2)
     if sinks is not None:
         sinks = sinks.contiguous()  # the kernel reads it as an array
     group = heads // kv_heads
@@ -191,6 +224,7 @@ def decode(
     key = (
         q.dtype, device, kv_heads, group, dim, value_dim, odd, None if length is None else length.dtype, mask is None,
         window > 0, softcap > 0, None if sinks is None else sinks.dtype, splits == 1, parts,
+        paged, page if paged in {1, 2} else 0, None if table is None else table.dtype,
     )  # fmt: skip
     work = None if splits == 1 else torch.empty(
         batch * kv_heads * splits * block_group * (block_value + 2), dtype=torch.float32, device=q.device
@@ -201,12 +235,12 @@ def decode(
         floats = q.new_empty(0, dtype=torch.float32)
         first = bind(
             _split,
-            (q, k, v, q if length is None else length, q if mask is None else mask, q if sinks is None else sinks, out, floats, floats)
-            + (17, 17, 0.1, 17, 0.1, 17, 17)
+            (q, k, v, q if length is None else length, q if mask is None else mask, q if sinks is None else sinks)
+            + (q if table is None else table, out, floats, floats, 17, 17, 0.1, 17, 0.1, 17, 17, 17, 17)
             + (example,) * 10,
             device=device, num_warps=4, HK=kv_heads, G=group, BG=block_group, D=dim, BD=triton.next_power_of_2(dim),
             DV=value_dim, BDV=block_value, BN=_BLOCK, HAS_LEN=int(length is not None), HAS_MASK=int(mask is not None), WINDOW=int(window > 0),
-            SOFTCAP=int(softcap > 0), HAS_SINK=int(sinks is not None), SINGLE=int(splits == 1), STAGES=3, OVERLAP=int(overlap and splits > 1),
+            SOFTCAP=int(softcap > 0), HAS_SINK=int(sinks is not None), PAGED=paged, PAGE=page if paged in {1, 2} else 1, SINGLE=int(splits == 1), STAGES=3, OVERLAP=int(overlap and splits > 1),
         )  # fmt: skip
         second = None
         if splits > 1:
@@ -219,16 +253,17 @@ def decode(
     first, second = found
     p_len = pq if length is None else length.data_ptr()
     p_mask = pq if mask is None else mask.data_ptr()
-    rows = 0 if length is None else length.stride(0), 0 if mask is None else mask.stride(0)
+    rows = 0 if length is None else length.stride(0), 0 if mask is None else mask.stride(0), 0 if table is None else table.stride(0)
     p_sink = pq if sinks is None else sinks.data_ptr()
+    p_table = pq if table is None else table.data_ptr()
     po = out.data_ptr()
     pa = po if work is None else work.data_ptr()
     pm = po if work is None else pa + batch * kv_heads * splits * block_group * block_value * 4
     with on(device):
         stream = current_stream(device)
         first(
-            batch * kv_heads * splits, stream, pq, pk, pv, p_len, p_mask, p_sink, po, pm, pa,
-            keys, splits, scale, window, softcap, *rows, *strides,
+            batch * kv_heads * splits, stream, pq, pk, pv, p_len, p_mask, p_sink, p_table, po, pm, pa,
+            keys, splits, scale, window, softcap, plus, *rows, *strides,
         )
         if second is not None:
             second(batch * heads, stream, pm, pa, p_sink, po, splits, heads * value_dim, value_dim)
@@ -238,31 +273,37 @@ def decode(
 # -- the newest key and value into a cache ------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["L"])
+@triton.jit(do_not_specialize=["L", "sab", "stb"])
 def _append(
-    K, V, KC, VC, AT, L, skb, skh, svb, svh, ckb, ckh, cks, cvb, cvh, cvs,
-    HK: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr,
+    K, V, KC, VC, AT, TABLE, L, sab, stb, skb, skh, svb, svh, ckb, ckh, cks, cvb, cvh, cvs,
+    HK: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr, PAGED: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     b = (tl.program_id(0) // HK).to(tl.int64)
     h = (tl.program_id(0) % HK).to(tl.int64)
-    at = tl.load(AT).to(tl.int64)
+    at = tl.load(AT + b * sab).to(tl.int64)
     d = tl.arange(0, BD)
     dv = tl.arange(0, BDV)
     room = (at >= 0) & (at < L)
+    row = b
+    if PAGED:
+        row = tl.load(TABLE + b * stb + at // PAGE, mask=room, other=0).to(tl.int64)
+        room = room & (row >= 0)
+        at = at % PAGE
     k = tl.load(K + b * skb + h * skh + d, mask=d < D, other=0.0)
     v = tl.load(V + b * svb + h * svh + dv, mask=dv < DV, other=0.0)
-    tl.store(KC + b * ckb + h * ckh + at * cks + d, k, mask=(d < D) & room)
-    tl.store(VC + b * cvb + h * cvh + at * cvs + dv, v, mask=(dv < DV) & room)
+    tl.store(KC + row * ckb + h * ckh + at * cks + d, k, mask=(d < D) & room)
+    tl.store(VC + row * cvb + h * cvh + at * cvs + dv, v, mask=(dv < DV) & room)
 
 
 _appends: dict[tuple[Any, ...], Any] = {}
 
 
-def append(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, at: Tensor) -> bool:
+def append(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, at: Tensor, table: Tensor | None = None) -> bool:
     """Write k (B, HK, 1, D) and v (B, HK, 1, DV) at position `at` of caches (B, HK, L, D) and (B, HK, L, DV), in one launch.
 
-    at: one int32 or int64 on the device; beyond the cache nothing is written. False, and nothing done, where the kernel does
-    not take these: dtypes that differ, another device, a last dimension that is not dense, gradients wanted.
+    at: int32 or int64 on the device, one, or (B,); before or beyond the cache nothing is written. table (B, pages) int32 or int64: the
+    caches are pages (P, HK, size, D or DV), and nothing is written where the page is negative. False, and nothing done, where the
+    kernel does not take these: dtypes that differ, another device, a last dimension that is not dense, gradients wanted.
     """
     if (
         k.is_cuda is INTERPRETED
@@ -271,23 +312,33 @@ def append(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, at: Tensor) -
         or not k.stride(3) == v.stride(3) == k_cache.stride(3) == v_cache.stride(3) == 1
         or (torch.is_grad_enabled() and (k.requires_grad or v.requires_grad))
         or not at.device == k.device == k_cache.device
+        or at.numel() not in {1, k.shape[0]}
         or k.numel() == 0
+        or k_cache.numel() == 0
+        or (table is not None and table.device != k.device)
     ):
         return False
     batch, heads, _, dim = k.shape
-    value_dim, device = v.shape[3], k.get_device()
+    page, value_dim, device = k_cache.shape[2], v.shape[3], k.get_device()
+    if table is not None:
+        table = table if table.stride(1) == 1 or table.shape[1] == 1 else table.contiguous()
+    room = page if table is None else page * table.shape[1]
     ks, vs, kc, vc = k.stride(), v.stride(), k_cache.stride(), v_cache.stride()
+    rows = 0 if at.numel() == 1 else at.stride(0), 0 if table is None else table.stride(0)
     strides = (ks[0], ks[1], vs[0], vs[1], *kc[:3], *vc[:3])
     pointers = (k.data_ptr(), v.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), at.data_ptr())
+    pointers = (*pointers, pointers[4] if table is None else table.data_ptr())
     odd = any(x & 15 for x in (*pointers[:4], *strides))
-    key = (k.dtype, at.dtype, device, heads, dim, value_dim, odd, max(strides) > 2147483647)
+    paged = None if table is None else (table.dtype, page)
+    key = (k.dtype, at.dtype, device, heads, dim, value_dim, paged, odd, max(strides) > 2147483647)
     launch = _appends.get(key)
     if launch is None:
         example = (1 << 32 if key[-1] else 4096) + odd
         launch = _appends[key] = bind(
-            _append, (k, v, k_cache, v_cache, at, 17, *(example,) * 10), device=device, num_warps=1,
-            HK=heads, D=dim, BD=triton.next_power_of_2(dim), DV=value_dim, BDV=triton.next_power_of_2(value_dim),
+            _append, (k, v, k_cache, v_cache, at, at if table is None else table, 17, 17, 17, *(example,) * 10),
+            device=device, num_warps=1, HK=heads, D=dim, BD=triton.next_power_of_2(dim), DV=value_dim,
+            BDV=triton.next_power_of_2(value_dim), PAGED=int(table is not None), PAGE=page if table is not None else 1,
         )  # fmt: skip
     with on(device):
-        launch(batch * heads, current_stream(device), *pointers, k_cache.shape[2], *strides)
+        launch(batch * heads, current_stream(device), *pointers, room, *rows, *strides)
     return True

@@ -97,39 +97,49 @@ def decode(
     window: int = 0,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
+    table: Tensor | None = None,
+    plus: int = 0,
 ) -> Tensor | None:
     """One token per sequence by the Triton kernel: q (B, HQ, 1, D) -> (B, 1, HQ, DV), or `None` where it does not serve.
 
-    length (B,), on the device: how many of the keys live; `None`: all. mask (B, Sk) int32: 0 where a key is not seen.
-    window: the last so many of the live ones; 0: all.
+    length (B,), on the device: how many of the keys live, less `plus`; `None`: all. mask (B, Sk) int32: 0 where a key is not seen.
+    window: the last so many of the live ones; 0: all. table (B, pages): k and v are pages (P, HK, size, D or DV).
     """
-    if not q.is_cuda or is_compiling() or torch.jit.is_tracing() or torch.version.hip is not None:
+    if not _launches(q):
         return None
     module = _triton_kernel()
     if module is None or not module.takes(q, k, v):
         return None
     if sinks is not None and sinks.requires_grad and torch.is_grad_enabled():
         return None
-    key = (q.get_device(), q.dtype, q.shape[-1], v.shape[-1])
+    key = (q.get_device(), q.dtype, q.shape[-1], v.shape[-1], table is None)
     if key in _refused:
         return None
     try:
-        out: Tensor = module.decode(q, k, v, scale=scale, length=length, mask=mask, window=window, softcap=softcap, sinks=sinks)
+        out: Tensor = module.decode(
+            q, k, v, scale=scale, length=length, mask=mask, window=window, softcap=softcap, sinks=sinks, table=table, plus=plus
+        )
     except module.Unfit:  # too little shared memory, a GPU that Triton does not know: PyTorch's kernels go on
         _refused.add(key)
         return None
     return out
 
 
-def append_token(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, at: Tensor) -> bool:
-    """Write one token's k (B, HK, 1, D) and v (B, HK, 1, DV) into caches (B, HK, L, D or DV) at position `at`, one integer on the device.
+def append_token(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, at: Tensor, table: Tensor | None = None) -> bool:
+    """Write one token's k (B, HK, 1, D) and v (B, HK, 1, DV) into caches (B, HK, L, D or DV) at position `at`, on the device: one, or (B,).
 
-    One launch. False, and nothing done, where the Triton kernel does not serve: write with `index_copy_` then.
+    With a table (B, pages), caches are pages (P, HK, size, D or DV). One launch. False, and nothing done, where the Triton kernel does
+    not serve: write with `index_copy_` then.
     """
-    if not k.is_cuda or is_compiling() or torch.jit.is_tracing() or torch.version.hip is not None:
+    if not _launches(k):
         return False
     module = _triton_kernel()
-    return module is not None and bool(module.append(k, v, k_cache, v_cache, at))
+    return module is not None and bool(module.append(k, v, k_cache, v_cache, at, table))
+
+
+def _launches(x: Tensor) -> bool:
+    """Whether kernels of ours may run on `x`: on an NVIDIA GPU, and nobody traces."""
+    return x.is_cuda and not is_compiling() and not torch.jit.is_tracing() and torch.version.hip is None
 
 
 _decode_module: list[object] = []

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .dense import _HALF, _has_varlen, attend, decode, explicit, is_compiling, packed
+from .dense import _HALF, _has_varlen, append_token, attend, decode, explicit, is_compiling, packed
 
 Window = tuple[int, int]
 NONE = (-1, -1)
@@ -153,43 +153,34 @@ def flash_attn_with_kvcache(  # noqa: PLR0913
     batch, queries = q.shape[:2]
     device = q.device
     size = k_cache.shape[1]
-    seen = torch.as_tensor(size if cache_seqlens is None else cache_seqlens, device=device).expand(batch).to(torch.int64)
+    lengths = torch.as_tensor(size if cache_seqlens is None else cache_seqlens, device=device).expand(batch)
     if rotary_cos is not None and rotary_sin is not None:
+        seen = lengths.to(torch.int64)
         steps = seen[:, None] + torch.arange(queries, device=device) if causal or window_size != NONE else seen[:, None]
         q = _rotate(q, rotary_cos, rotary_sin, steps, interleaved=rotary_interleaved)
         if k is not None:
             steps = seen[:, None] + torch.arange(k.shape[1], device=device)
             k = _rotate(k, rotary_cos, rotary_sin, steps, interleaved=rotary_interleaved)
-    rows = torch.arange(batch, device=device) if cache_batch_idx is None else cache_batch_idx.long()
+    # A cache whose rows are others than the batch's is one of long pages, one page for each sequence.
+    table = block_table if block_table is not None or cache_batch_idx is None else cache_batch_idx[:, None]
+    new = 0
     if k is not None and v is not None:
-        at = seen[:, None] + torch.arange(k.shape[1], device=device)
-        if block_table is None:
-            where = (rows[:, None].expand_as(at), at)
-        else:
-            table = block_table.long()
-            if batch > 1:  # a row that writes nothing writes once more what another one writes: shapes never depend on values
-                alive = seen >= 0
-                same = torch.where(alive, torch.arange(batch, device=device), alive.int().argmax())
-                at, k, v, table = at[same], k[same], v[same], table[same]
-            where = (table.gather(1, at // size), at % size)
-        k_cache.index_put_(where, k.to(k_cache.dtype))
-        v_cache.index_put_(where, v.to(v_cache.dtype))
-        seen = seen + k.shape[1]
-    if block_table is not None:
-        keys, values = (x[block_table.long()].flatten(1, 2) for x in (k_cache, v_cache))
-    elif cache_batch_idx is not None:
-        keys, values = k_cache[rows], v_cache[rows]
-    else:
-        keys, values = k_cache, v_cache
+        new = k.shape[1]
+        keys, values = k_cache.transpose(1, 2), v_cache.transpose(1, 2)
+        if new != 1 or not append_token(k.transpose(1, 2), v.transpose(1, 2), keys, values, lengths, table):
+            _write(k, v, k_cache, v_cache, lengths.to(torch.int64), table)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     sinks = s_aux if sinks is None else sinks
-    q, keys, values = (x.transpose(1, 2) for x in (q, keys, values))
     left, right = window_size[0], 0 if causal else window_size[1]
+    q = q.transpose(1, 2)
     if queries == 1 and cache_leftpad is None and alibi_slopes is None and not return_softmax_lse and q.dtype in _HALF:
-        last = left + 1 if left >= 0 else 0
-        out = decode(q, keys, values, seen.to(torch.int32), scale, window=last, softcap=softcap, sinks=sinks)
+        last, keys, values = left + 1 if left >= 0 else 0, k_cache.transpose(1, 2), v_cache.transpose(1, 2)
+        out = decode(q, keys, values, lengths, scale, window=last, softcap=softcap, sinks=sinks, table=table, plus=new)
         if out is not None:
             return out
+    keys, values = (x if table is None else x[table.long()].flatten(1, 2) for x in (k_cache, v_cache))
+    keys, values = keys.transpose(1, 2), values.transpose(1, 2)
+    seen = lengths.to(torch.int64) + new
     keys, values = _without_the_dead(keys, values, seen, cache_leftpad)
     mask = _live(seen, queries, keys.shape[2], left, right, cache_leftpad)
     if alibi_slopes is not None:  # distances are from each sequence's own end
@@ -202,6 +193,23 @@ def flash_attn_with_kvcache(  # noqa: PLR0913
         assert lse is not None  # asked for
         return out.transpose(1, 2), lse
     return attend(q, keys, values, scale=scale, softcap=softcap, sinks=sinks, mask=mask).transpose(1, 2)
+
+
+def _write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, seen: Tensor, table: Tensor | None) -> None:  # noqa: PLR0913
+    """k and v (B, Sn, HK, D) at positions `seen` and on: of row b of the caches (B, max, HK, D), or of the pages that `table` has for b."""
+    batch, size = k.shape[0], k_cache.shape[1]
+    rows = torch.arange(batch, device=k.device)
+    at = seen[:, None] + torch.arange(k.shape[1], device=k.device)
+    where = (rows[:, None].expand_as(at), at)
+    if table is not None:
+        table = table.long()
+        if batch > 1:  # a row that writes nothing writes once more what another one writes: shapes never depend on values
+            alive = seen >= 0
+            same = torch.where(alive, rows, alive.int().argmax())
+            at, k, v, table = at[same], k[same], v[same], table[same]
+        where = (table.gather(1, at // size), at % size)
+    k_cache.index_put_(where, k.to(k_cache.dtype))
+    v_cache.index_put_(where, v.to(v_cache.dtype))
 
 
 def _without_the_dead(keys: Tensor, values: Tensor, seen: Tensor, leftpad: Tensor | None) -> tuple[Tensor, Tensor]:
