@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import linecache
+import re
 import sys
 import threading
 import weakref
@@ -19,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..types import Choice, Implementation, Kept, Outcome, Prover, Row, Run, Site, Swap, Use, Verdict
-from . import attention_masks, check, forwards
+from . import attention_masks, batching, check, forwards
 from .state import Part, Service, Standing
 
 if TYPE_CHECKING:
@@ -41,8 +43,10 @@ Function = Callable[..., Any]
 class Setting(str):
     """The name under which a swapped model's attention is registered."""
 
-    __slots__ = ("__weakref__", "original")
+    __slots__ = ("__weakref__", "original", "over")
     original: str
+    over: bool
+    """The swap it belongs to was undone."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Setting:
         return _made(str(self), self.original)
@@ -79,6 +83,7 @@ def _outcome(
             setting not in _SWITCHED,
             f"its attention implementation is {setting!r}; what replaces 'sdpa' does not stand in for that",
         ),
+        (_asks_by_name(part), f"its code asks whether the setting is {setting!r}, which another name would not answer"),
         (not part._can_set_attn_implementation(), "its attention is written out in the model, not looked up by name"),  # noqa: SLF001  # as Transformers asks
     )
     if (why := next((why for so, why in reasons if so), None)) is not None:
@@ -100,6 +105,15 @@ def _settings(model: nn.Module) -> Iterator[tuple[str, Any]]:
         if known and getattr(config, _SETTING) is not None and id(config) not in seen:
             seen.add(id(config))
             yield path, module
+
+
+def _asks_by_name(part: Any) -> bool:
+    """Whether the file of the model compares its setting with names: for the form of a mask, or which keys are seen."""
+    file = getattr(sys.modules.get(type(part).__module__), "__file__", None) or ""
+    return any(_BY_NAME.search(line) for line in linecache.getlines(file))
+
+
+_BY_NAME = re.compile(r"_attn_implementation\s*(?:==|!=|in|not in)[^#]*[\"']sdpa[\"']")
 
 
 def _site(model: nn.Module, path: str, part: Any) -> Site:
@@ -129,8 +143,8 @@ def _target(part: Any) -> str:
 class Switched:
     """The attention of one configuration, and of those below it that had the same setting and no outcome of their own."""
 
-    def __init__(self, part: Part, config: Any, meeting: _Meeting) -> None:
-        self.part, self.config, self.meeting = part, config, meeting
+    def __init__(self, part: Part, config: Any, meeting: _Meeting, setting: Setting) -> None:
+        self.part, self.config, self.meeting, self.setting = part, config, meeting, weakref.ref(setting)
         self.original = getattr(config, _SETTING)
 
     def conflict(self) -> str | None:
@@ -139,6 +153,8 @@ class Switched:
 
     def restore(self) -> None:
         """The setting is what it was, the very object. Twice is fine."""
+        if (setting := self.setting()) is not None:
+            setting.over = True
         if isinstance(getattr(self.config, _SETTING), Setting):
             setattr(self.config, _SETTING, self.original)
 
@@ -158,12 +174,13 @@ def install(model: nn.Module, swap: Swap, prover: Prover, *, every: int | None =
     part = Part(swap, Service(swap.inference, standing), Service(swap.training, standing))
     original = getattr(module.config, _SETTING)
     meeting = _Meeting(part, _functions()[original], prover, every=every, compiled=compiled)
-    switched = Switched(part, module.config, meeting)
     name = f"{SPEC.partition(':')[0]} (swap {next(_NUMBERS)})"
     functions, masks = _registries()
     functions.register(name, meeting.function())
     masks.register(name, attention_masks.with_lengths)
-    setattr(module.config, _SETTING, _made(name, original))
+    setting = _made(name, original)
+    switched = Switched(part, module.config, meeting, setting)
+    setattr(module.config, _SETTING, setting)
     return switched
 
 
@@ -172,17 +189,40 @@ def release(model: nn.Module) -> None:
     for _, part in _settings(model):
         setting = getattr(part.config, _SETTING)
         if isinstance(setting, Setting):
+            setting.over = True
             setattr(part.config, _SETTING, setting.original)
+
+
+def _asides(model: Any) -> list[batching.Step]:
+    """For each setting of ours in `model`, what puts it aside."""
+
+    def of(config: Any, setting: Setting) -> batching.Step:
+        def aside() -> Callable[[], None]:
+            setattr(config, _SETTING, setting.original)
+            return back
+
+        def back() -> None:
+            if not setting.over and getattr(config, _SETTING) == setting.original:
+                setattr(config, _SETTING, setting)
+
+        return aside
+
+    found = ((part.config, getattr(part.config, _SETTING)) for _, part in _settings(model))
+    return [of(config, setting) for config, setting in found if isinstance(setting, Setting)]
 
 
 _NUMBERS = itertools.count(1)
 _LIVING: dict[str, int] = {}
 """How many settings have each registered name."""
+_AROUND_BATCHING: list[Callable[[], None]] = []
+"""What ends that settings step aside for continuous batching; while one lives."""
 
 
 def _made(name: str, original: str) -> Setting:
     setting = Setting(name)
-    setting.original = original
+    setting.original, setting.over = original, False
+    if not _LIVING:
+        _AROUND_BATCHING.append(batching.installed(_asides))
     _LIVING[name] = _LIVING.get(name, 0) + 1
     weakref.finalize(setting, _gone, name).atexit = False
     return setting
@@ -193,6 +233,8 @@ def _gone(name: str) -> None:
     _LIVING[name] -= 1
     if not _LIVING[name]:
         del _LIVING[name]
+        while not _LIVING and _AROUND_BATCHING:
+            _AROUND_BATCHING.pop()()
         for registry in _registries():
             type(registry)._global_mapping.pop(name, None)  # noqa: SLF001  # it registers there and has no word for the contrary
 

@@ -49,7 +49,7 @@ def with_lengths(  # noqa: PLR0913, PLR0917  # Transformers' signature
     allow_is_causal_skip: bool = True,  # noqa: FBT001, FBT002  # same
     **rest: Any,
 ) -> Any:
-    """As `four_dimensional`, and for one token `None` (every key lives) or int32 (B, 1, 1, 1), how many do.
+    """As `four_dimensional`, and for one token `None` (every key lives and is seen) or int32 (B, 1, 1, 1), how many do.
 
     A static cache is longer than what lives in it; the length stays on the device. With a padding mask, in half precision on a GPU, int32
     (B, 1, 1, 1 + keys): how many live, then which of them are seen; nothing is read back. Elsewhere the padding mask is looked at
@@ -66,7 +66,16 @@ def with_lengths(  # noqa: PLR0913, PLR0917  # Transformers' signature
         return None  # `is_causal` says it all, also under capture and compile, where most releases make a mask
     if q_length == 1 and not torch.compiler.is_compiling():
         found = _one_token(
-            torch, batch_size, kv_length, q_offset, kv_offset, function, attention_mask, local_size, rest.get("dtype")
+            torch,
+            batch_size,
+            kv_length,
+            q_offset,
+            kv_offset,
+            function,
+            attention_mask,
+            local_size,
+            rest.get("dtype"),
+            rest.get("device"),
         )
         if found is not False:
             return found
@@ -78,7 +87,16 @@ def with_lengths(  # noqa: PLR0913, PLR0917  # Transformers' signature
 
 
 def _one_token(  # noqa: PLR0911, PLR0913, PLR0917  # what the mask of one token depends on
-    torch: Any, batch: int, keys: int, offset: Any, kv_offset: int, function: Any, mask: Any, local_size: int | None, dtype: Any
+    torch: Any,
+    batch: int,
+    keys: int,
+    offset: Any,
+    kv_offset: int,
+    function: Any,
+    mask: Any,
+    local_size: int | None,
+    dtype: Any,
+    device: Any,
 ) -> Any:
     """`None`, lengths, or False: it takes a mask of four dimensions."""
     static = isinstance(offset, torch.Tensor)
@@ -94,6 +112,9 @@ def _one_token(  # noqa: PLR0911, PLR0913, PLR0917  # what the mask of one token
             return (offset + 1).to(torch.int32).expand(batch).contiguous().view(batch, 1, 1, 1)
         return False
     if not static and local_size is not None and keys <= local_size and _slides(function):
+        live = offset + 1 - kv_offset  # a static cache of the window's size may not be full
+        if live < keys:
+            return torch.full((batch, 1, 1, 1), live, dtype=torch.int32, device=device) if mask is None else False
         return None if mask is None or (not _capturing(torch, mask, offset) and bool(mask[:, -keys:].all())) else False
     return False
 
