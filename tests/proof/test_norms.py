@@ -1,11 +1,13 @@
 """Kernels for statements are held against the statements, the parameters of their norms included."""
 
+import os
 from dataclasses import replace
 
 import pytest
 import torch
 from tests.fusion import anywhere, make
 from tests.proof.zoo import implementation
+from tests.proof.zoo_crash import artifact
 from torch import nn
 
 from kernelswap import sites
@@ -130,3 +132,25 @@ def test_a_verdict_is_void_for_another_norm(found):
     finally:
         norm.variance_epsilon /= 2
     assert isinstance(norm, nn.Module)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="signals have names on posix")
+@pytest.mark.parametrize("crashes", [True, False])
+def test_a_kernel_that_crashes_on_norms_does_so_in_a_child_process(found, tmp_path, crashes):
+    crash = "norm.weight.sum()\n    import os\n    os.abort()" if crashes else "pass"
+    function = (
+        f"def residual_norm(norm, residual, hidden):\n    {crash}\n    return norm_of(norm, residual + hidden), residual + hidden"
+    )
+    build = artifact(tmp_path / "kernel", f"        pass\n\n\n{function}\n\n\ndef norm_of(self, hidden_states):")
+    site, module = found["residual_norm"]
+    original = function_slot.original(module, site.name)
+    kernel = replace(implementation(right, "function"), layer="residual_norm", origin=build)
+    check = Check(None, contain="always")
+    try:
+        verdict = check.equivalent(site, module, original, kernel, Run())
+    finally:
+        check.close()
+    assert verdict.accepted is not crashes, verdict.reason
+    if crashes:
+        assert "SIGABRT" in verdict.reason

@@ -35,7 +35,7 @@ from torch.utils import _pytree as pytree
 from .. import layers, loader
 from ..errors import KernelSwapError
 from ..types import Artifact, Implementation, Run
-from . import memory, trial
+from . import memory, norms, trial
 from .calls import call
 from .inputs import Case, Subject
 
@@ -363,13 +363,19 @@ def _try(message: dict[str, Any]) -> str | None:
             labels = [str(i) for i in range(64)]
             try:
                 with torch.no_grad() if want is None else contextlib.nullcontext():
-                    call(implementation.forward, modules[centre], (args, kwargs), device, want, None, labels)
+                    call(_forward(implementation, modules[centre]), modules[centre], (args, kwargs), device, want, None, labels)
                 memory.settle(device)
             except Exception as e:  # what the kernel raises is judged by the proof; only what breaks things counts here
                 if not _usable(device):
                     text = " ".join(str(e).split())[:200]
                     raise _Broken(f"breaks the device's context on {name}: {text} (tried in a child process)") from e
     return None
+
+
+def _forward(implementation: Implementation, module: nn.Module | None) -> Callable[..., Any]:
+    if isinstance(module, norms.Norms):  # for statements, of which only their norms were sent
+        return norms.on_module(implementation.forward, len(list(module.children())))
+    return implementation.forward
 
 
 class _Broken(Exception):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -38,11 +39,11 @@ def seen(
     norms = function.norms(module, site.name)
     if given is not None:
         norms = dict(zip(norms, given, strict=False))
-    forward = _on_module(candidate.forward, len(norms))
+    forward = on_module(candidate.forward, len(norms))
     return (
         dataclasses.replace(site, kind="module"),
         Norms(norms),
-        _on_module(original, len(norms)),
+        on_module(original, len(norms)),
         dataclasses.replace(candidate, kind="module", forward=forward),
     )
 
@@ -52,12 +53,15 @@ def rest(site: Site, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...
     return args[len(function.norms(module, site.name)) :] if site.row.statements else args
 
 
-def _on_module(function: Callable[..., Any], norms: int) -> Callable[..., Any]:
+def on_module(function: Callable[..., Any], norms: int) -> Callable[..., Any]:
+    """A function of so many norms, and of tensors, as an unbound forward of the module that holds these norms."""
+
     @functools.wraps(function)
-    def on_module(module: nn.Module, *args: Any) -> Any:
+    def forward(module: nn.Module, *args: Any) -> Any:
         return function(*module.children(), *args)
 
-    parameters = list(inspect.signature(function).parameters.values())[norms:]
-    this = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    on_module.__signature__ = inspect.Signature([this, *parameters])  # type: ignore[attr-defined]  # what `signature` looks at first
-    return on_module
+    with contextlib.suppress(ValueError, TypeError):  # a compiled one may have none that can be read
+        parameters = list(inspect.signature(function).parameters.values())[norms:]
+        this = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        forward.__signature__ = inspect.Signature([this, *parameters])  # type: ignore[attr-defined]  # what `signature` looks at first
+    return forward
