@@ -296,7 +296,7 @@ class _Planner:
 
 
 def _with_those(outcome: Swap, called: Sequence[tuple[str, Outcome]]) -> Outcome:
-    """The swap of statements in those modes in which the same build serves all that they call."""
+    """The swap of statements in those modes in which a bundled kernel, or the same build, serves all that they call."""
     whole: dict[bool, Choice] = {}
     why = ""
     for training in (False, True):
@@ -318,7 +318,8 @@ def _not_by(kernel: Implementation, name: str, other: Outcome, training: bool) -
         asked_for = other.site.left_out.startswith(sites.NOT_ASKED_FOR)  # these statements were asked for, and by name
         return None if asked_for else f"its {name} is left as it is: {other.reason}"
     its = other.serving(training=training).implementation
-    if its is None or its.origin.digest != kernel.origin.digest or its.parts:
+    ours = its is not None and its.origin.candidate.requirement.source == "bundled"  # what nobody had to ask for
+    if its is None or its.parts or not (ours or its.origin.digest == kernel.origin.digest):
         return f"its {name} is served by {'the original' if its is None else its.origin.candidate.requirement}"
     return None
 

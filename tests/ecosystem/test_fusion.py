@@ -315,17 +315,44 @@ def test_what_the_user_says_of_a_norm_holds_for_the_statements_that_call_it(swap
     close(logits(model), plain)
 
 
-def test_a_norm_for_which_another_kernel_was_preferred_is_not_gone_round(swapper, tmp_path):
-    folder = tmp_path / "mine"
-    (folder / "build" / "torch-universal").mkdir(parents=True)
-    (folder / "build" / "torch-universal" / "__init__.py").write_text("from . import layers\n")
-    (folder / "build" / "torch-universal" / "layers.py").write_text(
-        "import torch.nn as nn\n\n\nclass RMSNorm(nn.Module):\n    can_torch_compile = True\n\n"
-        "    def forward(self, hidden_states):\n"
-        "        return nn.functional.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)\n"
-    )
-    (folder / "build" / "torch-universal" / "metadata.json").write_text(
+def written(folder, layers):
+    """A kernel repository with these layers."""
+    build = folder / "build" / "torch-universal"
+    build.mkdir(parents=True)
+    (build / "__init__.py").write_text("from . import layers\n")
+    (build / "layers.py").write_text(f"import torch.nn as nn\n\n\n{layers}")
+    (build / "metadata.json").write_text(
         '{"name": "mine", "id": "mine_1", "version": 1, "license": "MIT", "python-depends": [], "backend": {"type": "cpu"}}'
+    )
+    return folder
+
+
+def test_a_kernel_of_ones_own_serves_the_statements_between_bundled_norms(swapper, tmp_path):
+    folder = written(
+        tmp_path / "mine",
+        "def residual_norm(norm, residual, hidden):\n    s = residual + hidden\n"
+        "    return nn.functional.rms_norm(s, norm.weight.shape, norm.weight, norm.variance_epsilon), s\n",
+    )
+    model = make("llama")
+    plain = logits(model)
+    applied = swapper.swap(model, table={"residual_norm": f"dir://{folder}:residual_norm"}, trust=True)
+    assert served(applied)["residual_norm"] == 2
+    assert served(applied)["RMSNorm"] == 5
+    serving = {
+        str(o.inference.implementation.origin.candidate.requirement) for o in applied.outcomes if o.site.layer == "residual_norm"
+    }
+    assert serving == {f"dir://{folder}"}
+    for _ in range(3):
+        close(logits(model), plain)
+    assert applied.refusals == ()
+
+
+def test_a_norm_for_which_another_kernel_was_preferred_is_not_gone_round(swapper, tmp_path):
+    folder = written(
+        tmp_path / "mine",
+        "class RMSNorm(nn.Module):\n    can_torch_compile = True\n\n"
+        "    def forward(self, hidden_states):\n"
+        "        return nn.functional.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)\n",
     )
     model = make("llama")
     applied = swapper.swap(model, prefer={"post_attention_layernorm": [f"dir://{folder}:RMSNorm"]}, trust=True)
@@ -412,12 +439,13 @@ def test_sums_that_are_recorded_are_the_sums(swapper, kind):
         close(model(IDS, output_hidden_states=True).hidden_states, make(kind)(IDS, output_hidden_states=True).hidden_states)
 
 
+def in_place(module, args):
+    args[0].mul_(1.5)
+
+
 def test_a_hook_that_changes_a_sum_in_place_or_replaces_it_changes_what_follows(swapper):
     model, _, _ = settled(swapper, "llama")
     plain = make("llama")
-
-    def in_place(module, args):
-        args[0].mul_(1.5)
 
     def other(module, args):
         return (args[0] * 1.5, *args[1:])
@@ -453,6 +481,17 @@ def test_with_gradients_nothing_goes_ahead(swapper, monkeypatch):
     model, _, applied = settled(swapper, "llama")
     calls = counted_kernels(applied, monkeypatch)
     close(step(model), step(make("llama")))
+    assert calls.count("both") == 2
+
+
+def test_in_inference_mode_where_nobody_counts_versions_nothing_goes_ahead(swapper, monkeypatch):
+    model, _, applied = settled(swapper, "llama")
+    calls = counted_kernels(applied, monkeypatch)
+    model.model.layers[1].register_forward_pre_hook(in_place)
+    other = make("llama")
+    other.model.layers[1].register_forward_pre_hook(in_place)
+    with torch.inference_mode():
+        close(model(IDS).logits, other(IDS).logits)
     assert calls.count("both") == 2
 
 

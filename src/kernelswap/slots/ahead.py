@@ -85,7 +85,7 @@ def pair(kernel: Function, cls: type[Any]) -> tuple[Function, Function]:
             normed, made = kernel(norm, residual, hidden)
         else:
             normed, made, norm = None, residual + hidden, None
-        last[0] = None if made.is_inference() else _Waiting(link, made, normed, norm, gone)  # those do not count their versions
+        last[0] = _Waiting(link, made, normed, norm, gone)
         return made
 
     def first(norm: nn.Module, hidden: Any) -> Any:
@@ -104,16 +104,20 @@ def pair(kernel: Function, cls: type[Any]) -> tuple[Function, Function]:
 
 
 def _lonely() -> Callable[[Any, Any], bool]:
-    """Whether two tensors are ordinary and alike, and nobody records or traces what is done with them."""
+    """Whether two tensors are ordinary and alike, and nobody records or traces what is done with them.
+
+    Not in inference mode: tensors that are made there do not count their versions.
+    """
     import torch
 
     tensor, elsewhere = fused.asked()
-    grad = torch.is_grad_enabled
+    grad, inference = torch.is_grad_enabled, torch.is_inference_mode_enabled
 
     def lonely(residual: Any, hidden: Any) -> bool:
         return (
             not grad()
             and not elsewhere()
+            and not inference()  # after it: a tracer cannot follow this one
             and type(hidden) is tensor
             and type(residual) is tensor
             and hidden.dtype is residual.dtype
