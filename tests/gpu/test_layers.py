@@ -127,6 +127,27 @@ def test_rotary_and_its_gradients(kernels, dtype, shape):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", range(5))
+@pytest.mark.parametrize("rotated", [128, 64, 40])
+def test_rotary_in_every_form_whole_and_in_part(kernels, dtype, form, rotated):
+    f = kernels.rope
+    b, s, h, k, d = 2, 37, 12, 4, 128
+    q = torch.randn(b, s, h, d, device="cuda", dtype=dtype).transpose(1, 2)
+    kk = torch.randn(b, s, k, d, device="cuda", dtype=dtype).transpose(1, 2)
+    width = rotated // 2 if form == f.HALVES_NARROW else rotated
+    cos, sin = (torch.randn(b, s, width, device="cuda", dtype=dtype) for _ in range(2))
+    error = both(
+        lambda q, k: f.rope(q, k, cos, sin, 1, form),
+        lambda q, k: f.formula(q, k, cos.double(), sin.double(), 1, form),
+        (q, kk),
+        dtype,
+    )
+    assert error < TOLERANCES[dtype]
+    found, want = f.rope(q[0], kk[0], cos[0], sin[0], 0, form), f.rope(q[:1], kk[:1], cos[:1], sin[:1], 1, form)
+    assert all(torch.equal(x, y[0]) for x, y in zip(found, want, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_norm_and_rotary_in_one_launch(kernels, dtype):
     b, s, h, k, d = 2, 19, 16, 8, 128
     q = torch.randn(b, s, h, d, device="cuda", dtype=dtype).transpose(1, 2)

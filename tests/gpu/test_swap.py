@@ -104,3 +104,25 @@ def test_each_gated_norm_is_served_by_the_kernel_that_computes_what_it_computes(
         for norm, x, want in zip(norms, inputs, expected, strict=True):
             torch.testing.assert_close(norm(x, x.flip(1)), want, rtol=2e-2, atol=2e-2)
         assert applied.refusals == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "serves"),
+    [("Glm", "apply_rotary_pos_emb_pairs"), ("Cohere", "apply_rotary_pos_emb_pairs_wide"), ("Llama", "apply_rotary_pos_emb")],
+)
+def test_each_rotary_embedding_is_served_by_the_kernel_that_computes_what_it_computes(swapper, name, serves):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(
+        hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=64,
+        vocab_size=512, pad_token_id=0,
+    )  # fmt: skip
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval().to("cuda", torch.bfloat16)
+    ids = torch.randint(0, 512, (2, 33), device="cuda")
+    with torch.no_grad():
+        original = model(ids).logits
+        with swapper.swap(model) as applied:
+            rotary = [o for o in applied.outcomes if o.site.name == "apply_rotary_pos_emb"]
+            assert [o.inference.implementation.layer for o in rotary] == [serves] * 2
+            torch.testing.assert_close(model(ids).logits, original, atol=0.05, rtol=0.05)
+            assert applied.refusals == ()

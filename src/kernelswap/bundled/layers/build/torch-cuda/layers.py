@@ -9,7 +9,7 @@ from .gated_norm import formula_ungated, known, rms_norm_gated
 from .glu import act_mul
 from .layer_norm import layer_norm
 from .rms_norm import add_rms_norm, rms_norm
-from .rope import norm_rope, rope
+from .rope import HALVES_NARROW, PAIRS, PAIRS_TO_HALVES, PAIRS_WIDE, norm_rope, rope
 
 
 class RMSNorm(nn.Module):
@@ -121,12 +121,39 @@ class GeGLUMLP(nn.Module):
 
 
 def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
-    """q (B, HQ, S, D), k (B, HK, S, D), cos and sin (B or 1, S, D) -> rotated q and k, in new memory."""
+    """q (B, HQ, S, D), k (B, HK, S, D), cos and sin (B or 1, S, R) -> rotated q and k, in new memory; by halves of R.
+
+    What lies beyond R is passed through. Other places of tokens and heads as in `rope`.
+    """
     return rope(q, k, cos, sin, unsqueeze_dim)
 
 
-apply_rotary_pos_emb.can_torch_compile = True  # type: ignore[attr-defined]  # the layer contract's marks, on a function
-apply_rotary_pos_emb.has_backward = True  # type: ignore[attr-defined]
+def apply_rotary_pos_emb_pairs(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
+) -> tuple[Tensor, Tensor]:
+    """The same with pairs of neighbours, the i-th of which turns by the i-th cos: GLM's, Ernie's, Helium's."""
+    return rope(q, k, cos, sin, unsqueeze_dim, PAIRS)
+
+
+def apply_rotary_pos_emb_pairs_wide(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
+) -> tuple[Tensor, Tensor]:
+    """The same with pairs of neighbours, each element with its own cos: Cohere's."""
+    return rope(q, k, cos, sin, unsqueeze_dim, PAIRS_WIDE)
+
+
+def apply_rotary_pos_emb_halves_narrow(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
+) -> tuple[Tensor, Tensor]:
+    """By halves, with cos and sin (B or 1, S, R / 2): GPT-OSS's."""
+    return rope(q, k, cos, sin, unsqueeze_dim, HALVES_NARROW)
+
+
+def apply_rotary_pos_emb_interleave(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None = None, unsqueeze_dim: int = 1  # noqa: ARG001 -- the original's
+) -> tuple[Tensor, Tensor]:
+    """Pairs of neighbours, which come to lie in halves: DeepSeek-V3's. `position_ids` is ignored, as the original does."""
+    return rope(q, k, cos, sin, unsqueeze_dim, PAIRS_TO_HALVES)
 
 
 # -- in the place of statements: given the norms that these call, whose weights and eps they read ---------------------------
@@ -172,6 +199,16 @@ def _eps(norm: nn.Module) -> float:
     return held["variance_epsilon"] if "variance_epsilon" in held else held["eps"]  # type: ignore[no-any-return]  # a float
 
 
-for _function in (residual_norm, residual_norm_zero_centered, norm_rotary, norm_rotary_zero_centered):
-    _function.can_torch_compile = True  # type: ignore[attr-defined]  # as above
+for _function in (
+    apply_rotary_pos_emb,
+    apply_rotary_pos_emb_pairs,
+    apply_rotary_pos_emb_pairs_wide,
+    apply_rotary_pos_emb_halves_narrow,
+    apply_rotary_pos_emb_interleave,
+    residual_norm,
+    residual_norm_zero_centered,
+    norm_rotary,
+    norm_rotary_zero_centered,
+):
+    _function.can_torch_compile = True  # type: ignore[attr-defined]  # the layer contract's marks, on a function
     _function.has_backward = True  # type: ignore[attr-defined]

@@ -1,8 +1,15 @@
 """Rotary position embedding of q and k in one launch, with or without the RMSNorm of each head before it.
 
-    out[:, :d/2] = x1 * cos1 - x2 * sin1        out[:, d/2:] = x2 * cos2 + x1 * sin2        (half-split)
+    out1 = x1 * cos1 - x2 * sin1        out2 = x2 * cos2 + x1 * sin2        of the first r of d dimensions; the rest passes through
 
-Source: Su et al. 2021, arXiv:2104.09864, in the half-split form of GPT-NeoX that Transformers uses; q/k norm: Qwen3.
+    form             x1 and x2, out1 and out2       cos1 and cos2 of pair i (sin likewise)
+    HALVES           the halves of r                i and r/2 + i of r       GPT-NeoX, Llama and most
+    PAIRS            even and odd dimensions        i of r, both             GLM, Ernie, Helium
+    PAIRS_WIDE       even and odd dimensions        2i and 2i + 1 of r       Cohere
+    HALVES_NARROW    the halves of r                i of r/2, both           GPT-OSS
+    PAIRS_TO_HALVES  even and odd; the halves       i of r, both             DeepSeek-V3
+
+Source: Su et al. 2021, arXiv:2104.09864, which has pairs; halves are GPT-NeoX's; q/k norm: Qwen3.
 Backward is the same rotation with -sin, then the norm's. Bytes: q, k read once and written once, cos and sin once per token.
 Layout: tokens by heads by d, with any strides over batch, sequence and head; d contiguous.
 """
@@ -27,7 +34,7 @@ from .rms_norm import formula as _norm_formula
 def _forward(
     Q, K, COS, SIN, QO, KO, QW, KW, S, eps, sqb, sqs, sqh, skb, sks, skh, oqb, oqs, oqh, okb, oks, okh, scb, scs,
     HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, HB: tl.constexpr, HALF: tl.constexpr,
-    NORM: tl.constexpr, INVERSE: tl.constexpr,
+    NORM: tl.constexpr, INVERSE: tl.constexpr, R: tl.constexpr, REST: tl.constexpr, FORM: tl.constexpr,
 ):  # fmt: skip
     """HB heads of one token a program: the q heads of a token first, then its k heads."""
     GQ: tl.constexpr = (HQ + HB - 1) // HB
@@ -38,11 +45,14 @@ def _forward(
     s = (token % S).to(tl.int64)
     c = b * scb + s * scs
     if group < GQ:
-        _rotate(Q, QO, QW, COS, SIN, b * sqb + s * sqs, sqh, b * oqb + s * oqs, oqh, c, group * HB, eps, HQ, D, HB, HALF, NORM, INVERSE)
+        _rotate(
+            Q, QO, QW, COS, SIN, b * sqb + s * sqs, sqh, b * oqb + s * oqs, oqh, c, group * HB, eps,
+            HQ, D, HB, HALF, NORM, INVERSE, R, REST, FORM,
+        )  # fmt: skip
     else:
         _rotate(
             K, KO, KW, COS, SIN, b * skb + s * sks, skh, b * okb + s * oks, okh, c, (group - GQ) * HB, eps,
-            HK, D, HB, HALF, NORM, INVERSE,
+            HK, D, HB, HALF, NORM, INVERSE, R, REST, FORM,
         )  # fmt: skip
 
 
@@ -50,18 +60,37 @@ def _forward(
 def _rotate(
     X, O, W, COS, SIN, base, sh, obase, oh, c, h0, eps,
     H: tl.constexpr, D: tl.constexpr, HB: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr, INVERSE: tl.constexpr,
+    R: tl.constexpr, REST: tl.constexpr, FORM: tl.constexpr,
 ):  # fmt: skip
+    # FORM as in the table above; PAIRS_TO_HALVES goes the other way in INVERSE
+    FROM_PAIRS: tl.constexpr = FORM == 1 or FORM == 2 or (FORM == 4 and not INVERSE)
+    TO_PAIRS: tl.constexpr = FORM == 1 or FORM == 2 or (FORM == 4 and INVERSE)
     h = h0 + tl.arange(0, HB)
     i = tl.arange(0, HALF)
-    m = i < D // 2
+    j = tl.arange(0, 2 * HALF)
+    m = i < R // 2
     inside = (h < H)[:, None] & m[None, :]
+    pairs = (h < H)[:, None] & (j < R)[None, :]
     at = base + h[:, None].to(tl.int64) * sh + i[None, :]
-    x1 = tl.load(X + at, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
-    x2 = tl.load(X + at + D // 2, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
-    c1 = tl.load(COS + c + i, mask=m, other=0.0).to(tl.float32)
-    s1 = tl.load(SIN + c + i, mask=m, other=0.0).to(tl.float32)
-    c2 = tl.load(COS + c + D // 2 + i, mask=m, other=0.0).to(tl.float32)
-    s2 = tl.load(SIN + c + D // 2 + i, mask=m, other=0.0).to(tl.float32)
+    wide = base + h[:, None].to(tl.int64) * sh + j[None, :]
+    if FROM_PAIRS:  # neighbours in one load, taken apart in registers
+        x = tl.load(X + wide, mask=pairs, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        x1, x2 = tl.split(tl.reshape(x, (HB, HALF, 2)))
+    else:
+        x1 = tl.load(X + at, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        x2 = tl.load(X + at + R // 2, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    if FORM == 2:
+        c1, c2 = tl.split(tl.reshape(tl.load(COS + c + j, mask=j < R, other=0.0).to(tl.float32), (HALF, 2)))
+        s1, s2 = tl.split(tl.reshape(tl.load(SIN + c + j, mask=j < R, other=0.0).to(tl.float32), (HALF, 2)))
+    else:
+        c1 = tl.load(COS + c + i, mask=m, other=0.0).to(tl.float32)
+        s1 = tl.load(SIN + c + i, mask=m, other=0.0).to(tl.float32)
+        if FORM == 0:
+            c2 = tl.load(COS + c + R // 2 + i, mask=m, other=0.0).to(tl.float32)
+            s2 = tl.load(SIN + c + R // 2 + i, mask=m, other=0.0).to(tl.float32)
+        else:
+            c2 = c1
+            s2 = s1
     if NORM:
         w1 = tl.load(W + i, mask=m, other=0.0).to(tl.float32)
         w2 = tl.load(W + D // 2 + i, mask=m, other=0.0).to(tl.float32)
@@ -79,9 +108,18 @@ def _rotate(
     else:
         y1 = x1 * c1[None, :] - x2 * s1[None, :]
         y2 = x2 * c2[None, :] + x1 * s2[None, :]
-    to = obase + h[:, None].to(tl.int64) * oh + i[None, :]
-    tl.store(O + to, y1, mask=inside)
-    tl.store(O + to + D // 2, y2, mask=inside)
+    if TO_PAIRS:
+        to = obase + h[:, None].to(tl.int64) * oh + j[None, :]
+        tl.store(O + to, tl.reshape(tl.join(y1, y2), (HB, 2 * HALF)), mask=pairs)
+    else:
+        to = obase + h[:, None].to(tl.int64) * oh + i[None, :]
+        tl.store(O + to, y1, mask=inside)
+        tl.store(O + to + R // 2, y2, mask=inside)
+    if REST:
+        beyond = R + tl.arange(0, REST)
+        left = (h < H)[:, None] & (beyond < D)[None, :]
+        x = tl.load(X + base + h[:, None].to(tl.int64) * sh + beyond[None, :], mask=left)
+        tl.store(O + obase + h[:, None].to(tl.int64) * oh + beyond[None, :], x, mask=left)
 
 
 # -- host side ----------------------------------------------------------------------------------------------------
@@ -92,17 +130,44 @@ _shapes: dict[tuple[Any, ...], Callable[..., tuple[Tensor, Tensor]]] = {}
 MAX_SHAPES = 4096  # one entry per (q, k, cos) layout ever seen; forgotten all at once, and found again at the next call
 
 
+HALVES, PAIRS, PAIRS_WIDE, HALVES_NARROW, PAIRS_TO_HALVES = range(5)
+
+
 def _half(x: Tensor) -> Tensor:
     return torch.cat((-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]), dim=-1)
 
 
-def formula(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
+def formula(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1, form: int = HALVES) -> tuple[Tensor, Tensor]:
     """The same in plain torch: for tracing, for tensor subclasses, for shapes the kernel does not take, and to read."""
     cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
-    return q * cos + _half(q) * sin, k * cos + _half(k) * sin
+    if form != HALVES:
+        return _turned(q, cos, sin, form), _turned(k, cos, sin, form)
+    width = cos.shape[-1]
+    if width == q.shape[-1]:
+        return q * cos + _half(q) * sin, k * cos + _half(k) * sin
+    a, b = q[..., :width], k[..., :width]
+    a, b = a * cos + _half(a) * sin, b * cos + _half(b) * sin
+    return torch.cat((a, q[..., width:]), dim=-1), torch.cat((b, k[..., width:]), dim=-1)
 
 
-def takes(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int) -> bool:
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, form: int) -> Tensor:
+    """One of the other forms: in float32 or wider, rounded once."""
+    kind = torch.promote_types(x.dtype, torch.float32)
+    cos, sin = cos.to(kind), sin.to(kind)
+    width = cos.shape[-1] * (2 if form == HALVES_NARROW else 1)
+    f = x[..., :width].to(kind)
+    x1, x2 = f.chunk(2, dim=-1) if form == HALVES_NARROW else (f[..., ::2], f[..., 1::2])
+    if form == PAIRS_WIDE:
+        c1, c2, s1, s2 = cos[..., ::2], cos[..., 1::2], sin[..., ::2], sin[..., 1::2]
+    else:
+        c1, s1 = cos[..., : width // 2], sin[..., : width // 2]
+        c2, s2 = c1, s1
+    y1, y2 = x1 * c1 - x2 * s1, x2 * c2 + x1 * s2
+    y = torch.stack((y1, y2), dim=-1).flatten(-2) if form in (PAIRS, PAIRS_WIDE) else torch.cat((y1, y2), dim=-1)
+    return torch.cat((y.to(x.dtype), x[..., width:]), dim=-1)
+
+
+def takes(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int, form: int = HALVES) -> bool:
     """The kernel can take these; everything else goes through the formula."""
     return (
         type(q) in _PLAIN
@@ -112,22 +177,24 @@ def takes(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int) ->
         and cos.dim() == 3
         and unsqueeze_dim in (1, 2)
         and q.dtype is k.dtype
-        and cos.dtype is q.dtype
-        and sin.dtype is q.dtype
+        and sin.dtype is cos.dtype
+        and (cos.dtype is q.dtype or (form != HALVES and cos.dtype is not torch.float64))
+        and cos.device == q.device
         and q.dtype is not torch.float64
-        and _agree(q.shape, k.shape, cos.shape, sin.shape, 3 - unsqueeze_dim)
+        and _agree(q.shape, k.shape, cos.shape, sin.shape, 3 - unsqueeze_dim, cos.shape[2] * (2 if form == HALVES_NARROW else 1))
         and not (torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad))
     )
 
 
-def _agree(q: torch.Size, k: torch.Size, cos: torch.Size, sin: torch.Size, tokens: int) -> bool:
-    """One batch, one number of tokens and of dimensions; cos and sin for each sequence or for all."""
+def _agree(q: torch.Size, k: torch.Size, cos: torch.Size, sin: torch.Size, tokens: int, width: int) -> bool:
+    """One batch, one number of tokens and of dimensions, of which `width` turn; cos and sin for each sequence or for all."""
     return (
         len(k) == 4
         and cos == sin
         and q[0] == k[0]
         and q[tokens] == k[tokens] == cos[1]
-        and q[3] == k[3] == cos[2]
+        and q[3] == k[3] >= width > 0
+        and not width & 1
         and cos[0] in (1, q[0])
         and not q[3] & 15
         and q.numel() > 0
@@ -135,16 +202,22 @@ def _agree(q: torch.Size, k: torch.Size, cos: torch.Size, sin: torch.Size, token
     )
 
 
-def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
-    """Rotate q (B, HQ, S, D) and k (B, HK, S, D) by cos, sin (B or 1, S, D); `unsqueeze_dim` 2: (B, S, H, D).
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1, form: int = HALVES) -> tuple[Tensor, Tensor]:
+    """Rotate q (B, HQ, S, D) and k (B, HK, S, D) by cos, sin (B or 1, S, R), R <= D; `unsqueeze_dim` 2: (B, S, H, D).
 
-    Any strides with D contiguous; the outputs have the inputs' layout. Inputs are not written.
+    cos and sin (S, R), as broadcasting has it: q and k (B, S, H, D) or (S, H, D), or heads first with `unsqueeze_dim` 0.
+    HALVES_NARROW: R / 2 in the place of R. Any strides with D contiguous; outputs have the inputs' layout. Inputs are not written.
     """
-    if torch.compiler.is_compiling() or not takes(q, k, cos, sin, unsqueeze_dim):
-        return formula(q, k, cos, sin, unsqueeze_dim)
+    if cos.dim() == 2 and sin.dim() == 2 and unsqueeze_dim in (0, 1) and 3 <= q.dim() == k.dim() <= 4:
+        if q.dim() == 3:
+            a, b = rope(q[None], k[None], cos[None], sin[None], 1 + unsqueeze_dim, form)
+            return a[0], b[0]
+        return rope(q, k, cos[None], sin[None], 1 + unsqueeze_dim, form)
+    if torch.compiler.is_compiling() or not takes(q, k, cos, sin, unsqueeze_dim, form):
+        return formula(q, k, cos, sin, unsqueeze_dim, form)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
-        return _Rope.apply(q, k, cos, sin, unsqueeze_dim)  # type: ignore[no-any-return]  # autograd.Function is untyped
-    return _run(q, k, cos, sin, unsqueeze_dim, None, None, 0.0, 0)
+        return _Rope.apply(q, k, cos, sin, unsqueeze_dim, form)  # type: ignore[no-any-return]  # autograd.Function is untyped
+    return _run(q, k, cos, sin, unsqueeze_dim, None, None, 0.0, 0, form=form)
 
 
 def norm_rope(
@@ -158,6 +231,7 @@ def norm_rope(
     if (
         torch.compiler.is_compiling()
         or not takes(q, k, cos, sin, unsqueeze_dim)
+        or cos.shape[2] != q.shape[3]
         or q_weight.dtype is not q.dtype
         or k_weight.dtype is not q.dtype
         or q_weight.shape != q.shape[3:]
@@ -174,31 +248,33 @@ def norm_rope(
 def _run(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int,
     q_weight: Tensor | None, k_weight: Tensor | None, eps: float, inverse: int, norm: int = 0, rows: bool = False,
+    form: int = HALVES,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`norm`: 0 none, 1 Llama's, 2 Gemma's. `rows`: the outputs lie in memory token by token, whatever the inputs' order."""
     key = (
         q.dtype, q.shape, q.stride(), k.shape, k.stride(), cos.shape, cos.stride(), sin.stride(),
-        unsqueeze_dim, inverse, norm, rows, q.get_device(),
+        unsqueeze_dim, inverse, norm, rows, q.get_device(), cos.dtype, form,
     )  # fmt: skip
     launch = _shapes.get(key)
     if launch is None:
         if len(_shapes) >= MAX_SHAPES:
             _shapes.clear()
-        launch = _shapes[key] = _prepare(q, k, cos, sin, unsqueeze_dim, q_weight, inverse, norm, rows)
+        launch = _shapes[key] = _prepare(q, k, cos, sin, unsqueeze_dim, q_weight, inverse, norm, rows, form)
     return launch(q, k, cos, sin, q_weight, k_weight, eps)
 
 
 def _prepare(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int, weight: Tensor | None, inverse: int, norm: int, rows: bool
-) -> Callable[..., tuple[Tensor, Tensor]]:
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int,
+    weight: Tensor | None, inverse: int, norm: int, rows: bool, form: int,
+) -> Callable[..., tuple[Tensor, Tensor]]:  # fmt: skip
     """A launch with everything that shapes and strides decide filled in."""
     if q.stride(3) != 1 or k.stride(3) != 1 or cos.stride(2) != 1 or sin.stride() != cos.stride():
 
         def copied(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, qw: Any, kw: Any, eps: float) -> tuple[Tensor, Tensor]:
             return _run(
                 q.contiguous(), k.contiguous(), cos.contiguous(), sin.contiguous(), unsqueeze_dim, qw, kw, eps, inverse, norm,
-                rows,
-            )
+                rows, form,
+            )  # fmt: skip
 
         return copied
     h_dim, s_dim = (1, 2) if unsqueeze_dim == 1 else (2, 1)
@@ -211,20 +287,23 @@ def _prepare(
         qs[0], qs[s_dim], qs[h_dim], ks[0], ks[s_dim], ks[h_dim],
         qo[0], qo[s_dim], qo[h_dim], ko[0], ko[s_dim], ko[h_dim], cs[0] if cos.shape[0] == batch else 0, cs[1],
     )  # fmt: skip
+    turned = cos.shape[2] * (2 if form == HALVES_NARROW else 1)
+    rest = triton.next_power_of_2(dim - turned) if turned < dim else 0
     odd = any(x & 15 for x in strides)
     large = max(strides) > 2147483647
     group = min(16, triton.next_power_of_2(max(heads, kv_heads)))  # heads per program, measured
     blocks = batch * seq * (-(-heads // group) - (-kv_heads // group))
 
     def compiled(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, low: int) -> Any:
-        key = (dtype, heads, kv_heads, dim, device, inverse, norm, odd, large, low)
+        key = (dtype, cos.dtype, heads, kv_heads, dim, turned, form, device, inverse, norm, odd, large, low)
         launch = _bound.get(key)
         if launch is None:
             example = (1 << 32 if large else 4096) + odd
             extra = weight if weight is not None else q
             launch = _bound[key] = bind(
                 _forward, (q, k, cos, sin, q, k, extra, extra, 17, 1e-6, *((example,) * 14)), device=device, num_warps=4,
-                HQ=heads, HK=kv_heads, D=dim, HB=group, HALF=triton.next_power_of_2(dim // 2), NORM=norm, INVERSE=inverse,
+                HQ=heads, HK=kv_heads, D=dim, HB=group, HALF=triton.next_power_of_2(turned // 2), NORM=norm, INVERSE=inverse,
+                R=turned, REST=rest, FORM=form,
             )  # fmt: skip
         return launch
 
@@ -260,29 +339,29 @@ def _like(x: Tensor, unsqueeze_dim: int, rows: bool) -> Tensor:
 
 class _Rope(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int, form: int) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
-        ctx.unsqueeze_dim = unsqueeze_dim
-        return _run(q, k, cos, sin, unsqueeze_dim, None, None, 0.0, 0)
+        ctx.unsqueeze_dim, ctx.form = unsqueeze_dim, form
+        return _run(q, k, cos, sin, unsqueeze_dim, None, None, 0.0, 0, form=form)
 
     @staticmethod
-    def backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # type: ignore[override]  # torch types *Any
+    def backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]  # torch types *Any
         cos, sin = ctx.saved_tensors
         if recorded():  # linear in the gradients
-            return *_RopeBack.apply(dq, dk, cos, sin, ctx.unsqueeze_dim), None, None, None
-        return *_run(dq, dk, cos, sin, ctx.unsqueeze_dim, None, None, 0.0, 1), None, None, None
+            return *_RopeBack.apply(dq, dk, cos, sin, ctx.unsqueeze_dim, ctx.form), None, None, None, None
+        return *_run(dq, dk, cos, sin, ctx.unsqueeze_dim, None, None, 0.0, 1, form=ctx.form), None, None, None, None
 
 
 class _RopeBack(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, dq: Tensor, dk: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, dq: Tensor, dk: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int, form: int) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
-        ctx.unsqueeze_dim = unsqueeze_dim
-        return _run(dq, dk, cos, sin, unsqueeze_dim, None, None, 0.0, 1)
+        ctx.unsqueeze_dim, ctx.form = unsqueeze_dim, form
+        return _run(dq, dk, cos, sin, unsqueeze_dim, None, None, 0.0, 1, form=form)
 
     @staticmethod
-    def backward(ctx: Any, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # type: ignore[override]  # torch types *Any
-        return *_Rope.apply(q, k, *ctx.saved_tensors, ctx.unsqueeze_dim), None, None, None
+    def backward(ctx: Any, q: Tensor, k: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]  # torch types *Any
+        return *_Rope.apply(q, k, *ctx.saved_tensors, ctx.unsqueeze_dim, ctx.form), None, None, None, None
 
 
 class _NormRope(torch.autograd.Function):
