@@ -137,3 +137,23 @@ def test_which_models_are_left_alone(swapper):
     for kind in MODELS:
         with swapper.swap(made(kind), attention=True) as applied:
             assert not any(isinstance(o, Kept) for o in applied.outcomes if o.site.layer == "attention"), kind
+
+
+@pytest.mark.parametrize(("kind", "tokens", "causal"), [("smollm3", 10, 4), ("gemma3_text", 4, 4), ("gemma3_text", 10, 2)])
+def test_a_compiled_prompt_is_causal_without_a_mask_wherever_its_window_is_not_reached(swapper, kind, tokens, causal):
+    """With a cache. Without one, Transformers makes a mask while tracing, since sequences might be packed."""
+    model, calls = made(kind), []
+
+    def backend(graph, _):
+        nodes = [n for n in graph.graph.nodes if n.target is torch.nn.functional.scaled_dot_product_attention]
+        calls.extend((n.kwargs.get("attn_mask") is None, n.kwargs.get("is_causal")) for n in nodes)
+        return graph.forward
+
+    torch._dynamo.reset()
+    with torch.no_grad(), swapper.swap(model, attention=True) as applied:
+        expected = model(IDS[:, :tokens], use_cache=True).logits
+        found = torch.compile(model, backend=backend, fullgraph=True)(IDS[:, :tokens], use_cache=True).logits
+        assert applied.refusals == ()
+    torch.testing.assert_close(found, expected)
+    assert len(calls) == 4
+    assert calls.count((True, True)) == causal
