@@ -7,6 +7,7 @@ from transformers.models.deepseek_v3 import modeling_deepseek_v3
 from transformers.models.glm import modeling_glm
 from transformers.models.glm4_moe import modeling_glm4_moe
 from transformers.models.gpt_oss import modeling_gpt_oss
+from transformers.models.llama import modeling_llama
 
 from .conftest import TOLERANCES, both, relative
 
@@ -99,6 +100,18 @@ def test_any_strides_and_nothing_at_all(layers, launches, form):
     assert launches == ["_forward"] * 2
     assert f(q[:, :, :0], k[:, :, :0], cos[:, :0], sin[:, :0], 1, form)[0].shape == (2, 4, 0, 32)
     assert len(launches) == 2
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("rotated", [32, 16])
+def test_answers_are_contiguous_where_the_models_are_and_else_lie_as_the_inputs(layers, launches, form, rotated):
+    if rotated == 16 and form in WHOLE_ONLY:
+        return
+    q, k, cos, sin = inputs(2, 5, 4, 2, 32, rotated, form)
+    theirs = modeling_llama.apply_rotary_pos_emb if form == HALVES and rotated == 32 else FORMS[form][1]
+    for mine, original in zip(layers.rope.rope(q, k, cos, sin, 1, form), theirs(q, k, cos, sin), strict=True):
+        assert mine.is_contiguous() == original.is_contiguous()
+    assert launches == ["_forward"]
 
 
 def test_cos_in_float32_does_not_change_the_dtype_of_the_other_forms(layers, launches):

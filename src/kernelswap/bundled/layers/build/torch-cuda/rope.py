@@ -131,6 +131,7 @@ MAX_SHAPES = 4096  # one entry per (q, k, cos) layout ever seen; forgotten all a
 
 
 HALVES, PAIRS, PAIRS_WIDE, HALVES_NARROW, PAIRS_TO_HALVES = range(5)
+_DENSE = {PAIRS, HALVES_NARROW, PAIRS_TO_HALVES}  # whose answers models put together, which makes them contiguous
 
 
 def _half(x: Tensor) -> Tensor:
@@ -206,7 +207,8 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1,
     """Rotate q (B, HQ, S, D) and k (B, HK, S, D) by cos, sin (B or 1, S, R), R <= D; `unsqueeze_dim` 2: (B, S, H, D).
 
     cos and sin (S, R), as broadcasting has it: q and k (B, S, H, D) or (S, H, D), or heads first with `unsqueeze_dim` 0.
-    HALVES_NARROW: R / 2 in the place of R. Any strides with D contiguous; outputs have the inputs' layout. Inputs are not written.
+    HALVES_NARROW: R / 2 in the place of R. Any strides with D contiguous; outputs lie as the inputs, or
+    contiguously where a model's own do (a part; PAIRS, HALVES_NARROW, PAIRS_TO_HALVES). Inputs are not written.
     """
     if cos.dim() == 2 and sin.dim() == 2 and unsqueeze_dim in (0, 1) and 3 <= q.dim() == k.dim() <= 4:
         if q.dim() == 3:
@@ -277,9 +279,10 @@ def _prepare(
             )  # fmt: skip
 
         return copied
-    h_dim, s_dim = (1, 2) if unsqueeze_dim == 1 else (2, 1)
+    h_dim, s_dim = unsqueeze_dim, 3 - unsqueeze_dim
     qs, ks, cs = q.stride(), k.stride(), cos.stride()
-    qo, ko = (_like(x, unsqueeze_dim, rows).stride() for x in (q, k))
+    dense = cos.shape[2] != q.shape[3] or form in _DENSE
+    qo, ko = (_like(x, unsqueeze_dim, rows, dense).stride() for x in (q, k))
     batch, seq = q.shape[0], q.shape[s_dim]
     heads, kv_heads, dim = q.shape[h_dim], k.shape[h_dim], q.shape[3]
     device, dtype = q.get_device(), q.dtype
@@ -310,8 +313,8 @@ def _prepare(
     launches: dict[int, Any] = {}
 
     def run(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, qw: Any, kw: Any, eps: float) -> tuple[Tensor, Tensor]:
-        if rows:
-            a, b = _like(q, unsqueeze_dim, rows), _like(k, unsqueeze_dim, rows)
+        if rows or dense:
+            a, b = _like(q, unsqueeze_dim, rows, dense), _like(k, unsqueeze_dim, rows, dense)
         else:
             a, b = torch.empty_like(q), torch.empty_like(k)
         pq, pk, pc, ps = q.data_ptr(), k.data_ptr(), cos.data_ptr(), sin.data_ptr()
@@ -330,7 +333,9 @@ def _prepare(
     return run
 
 
-def _like(x: Tensor, unsqueeze_dim: int, rows: bool) -> Tensor:
+def _like(x: Tensor, unsqueeze_dim: int, rows: bool, dense: bool) -> Tensor:
+    if dense:
+        return x.new_empty(x.shape)
     if not rows:
         return torch.empty_like(x)
     b, m, n, d = x.shape
