@@ -20,7 +20,7 @@ def kernels():
     package = types.ModuleType("layers_cuda_under_test")
     package.__path__ = [str(BUILD)]
     sys.modules[package.__name__] = package
-    names = ("rms_norm", "gated_norm", "layer_norm", "glu", "rope", "layers")
+    names = ("rms_norm", "gated_norm", "layer_norm", "softmax", "glu", "rope", "layers")
     yield types.SimpleNamespace(**{n: importlib.import_module(f"{package.__name__}.{n}") for n in names})
     for name in [m for m in sys.modules if m.startswith(package.__name__)]:
         del sys.modules[name]
@@ -103,6 +103,15 @@ def test_layer_norms_and_their_gradients(kernels, dtype, shape):
             dtype,
         )
         assert error < TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(3, 7, 1000), (333, 128), (2, 37, 4096), (2, 3, 16384), (5, 151936)], ids=str)
+def test_softmax_and_its_gradient(kernels, dtype, shape):
+    x = torch.randn(shape, device="cuda", dtype=dtype) * 3
+    assert both(kernels.softmax.softmax, lambda x: torch.softmax(x, -1), (x,), dtype) < TOLERANCES[dtype]
+    x[0, ..., : shape[-1] // 2] = float("-inf")
+    torch.testing.assert_close(kernels.softmax.softmax(x), torch.softmax(x, -1))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
