@@ -164,3 +164,15 @@ def test_functions_stand_in_for_the_models_and_for_no_others(layers, launches, f
         close = max(map(relative, getattr(layers.layers, its)(q, k, cos, sin), exact)) < 1e-5
         assert close == (its == name)
     assert launches
+
+
+@pytest.mark.parametrize("rotated", [32, 16])
+def test_functions_that_put_a_part_and_the_rest_together_are_contiguous_even_without_a_rest(layers, launches, rotated):
+    q, k, cos, sin = inputs(2, 5, 4, 2, 32, rotated, HALVES)
+    found, theirs = (
+        layers.layers.apply_rotary_pos_emb_part(q, k, cos, sin),
+        modeling_glm4_moe.apply_rotary_pos_emb(q, k, cos, sin),
+    )
+    assert max(map(relative, found, (x.double() for x in theirs))) < 1e-6
+    assert all(x.is_contiguous() for x in (*found, *theirs))
+    assert launches == ["_forward"]

@@ -128,6 +128,14 @@ def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsquee
     return rope(q, k, cos, sin, unsqueeze_dim)
 
 
+def apply_rotary_pos_emb_part(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The same, contiguous also where R is D: GPT-NeoX's, Phi's, GLM-4's, which put what they rotate and the rest together."""
+    a, b = rope(q, k, cos, sin, unsqueeze_dim)
+    return a.contiguous(), b.contiguous()
+
+
 def apply_rotary_pos_emb_pairs(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
 ) -> tuple[Tensor, Tensor]:
@@ -201,6 +209,7 @@ def _eps(norm: nn.Module) -> float:
 
 for _function in (
     apply_rotary_pos_emb,
+    apply_rotary_pos_emb_part,
     apply_rotary_pos_emb_pairs,
     apply_rotary_pos_emb_pairs_wide,
     apply_rotary_pos_emb_halves_narrow,
