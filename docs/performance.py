@@ -84,6 +84,11 @@ def one(gpu: str, files: list[dict[str, Any]]) -> list[str]:
             "",
             "Some rows are of an earlier form of the benchmark: only our own output was checked there, of K7 against eager's.",
         ]
+    for note in dict.fromkeys(row["note"] for row in rows if "note" in row):
+        names = dict.fromkeys(
+            row["kernel"].split()[0] if "kernel" in row else row["row"] for row in rows if row.get("note") == note
+        )
+        lines += ["", f"{', '.join(names)}: {note}."]
     lines += ["", f"Of {len(verdicts)} targets {met} are met, {missed} missed, {len(verdicts) - met - missed} not measured.", ""]
     lines += ["| | target | measured | |", "| --- | --- | --- | --- |"]
     said = {True: "met", False: "**missed**", None: ""}

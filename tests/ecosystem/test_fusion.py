@@ -305,7 +305,7 @@ def test_the_rotary_embedding_inside_is_said_to_be_inside_and_serves_where_the_f
         ({"skip": "norm_rotary"}, {"norm_rotary"}),
         ({"only": "norm_rotary"}, {"residual_norm"}),
     ],
-    ids=str,
+    ids=["the norms", "one norm", "rotary", "norm and rotary", "nothing else"],
 )
 def test_what_the_user_says_of_a_norm_holds_for_the_statements_that_call_it(swapper, more, lost):
     model = make("qwen3")

@@ -136,11 +136,11 @@ def sweep(
     numbers = (terms.smoothing, terms.z_loss, terms.pre, terms.post)
     launch = _bound.get(key)
     if launch is None:
-        # 32 warps fill a multiprocessor with one row; terms that keep more beside each logit would spill at 16384
-        block = min(8192 if modes[0] == 2 or modes[1] else 16384, max(8, triton.next_power_of_2(vocab)))
+        # measured: the larger the block, the fewer rows share the L2; terms that keep more beside each logit would spill at 32768
+        block = min(16384 if modes[0] == 2 or modes[1] else 32768, max(8, triton.next_power_of_2(vocab)))
         launch = _bound[key] = bind(
             _sweeps, (z, target, loss, lse, out, by, -100, 0.5, 0.5, 0.5, 0.5), device=device,
-            num_warps=max(4, min(32, block // 256)), V=vocab, BLOCK=block, STAGES=1,
+            num_warps=max(4, block // 1024), V=vocab, BLOCK=block, STAGES=1,
             SHAPE=modes[0], SMOOTH=modes[1], LOSSES=modes[2], GRAD=modes[3], STEP=modes[4],
         )  # fmt: skip
     with on(device):
