@@ -5,12 +5,14 @@ import functools
 
 import pytest
 import torch
-from tests.proof.zoo import ORIGINALS
+from tests.proof.zoo import ORIGINALS, implementation, site
 from torch import nn
 from torch.nn.utils import parametrizations
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from kernelswap.proof import Check
 from kernelswap.proof.reference import Promote, Reference, tensors, twin, widen
+from kernelswap.types import Run
 
 
 def answer(module, *args, dtype=torch.float64):
@@ -134,3 +136,22 @@ def test_a_module_too_large_for_float64_gets_less_and_says_so(monkeypatch):
     found, result = answer(LlamaRMSNorm(64).bfloat16(), torch.randn(2, 64).bfloat16())
     assert found.note.startswith("float32")
     assert result.outputs[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_rotary_embedding_whose_cos_is_half_as_wide_is_proved_on_such(training):
+    gpt_oss = pytest.importorskip("transformers.models.gpt_oss.modeling_gpt_oss")
+    module = ORIGINALS["rotary"].make(64)
+
+    def by_halves(q, k, cos, sin, unsqueeze_dim=1):
+        cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+        halves = ((x[..., : x.shape[-1] // 2], x[..., x.shape[-1] // 2 :]) for x in (q, k))
+        return tuple(torch.cat((a * cos - b * sin, b * cos + a * sin), -1) for a, b in halves)
+
+    def turned_back(q, k, cos, sin, unsqueeze_dim=1):
+        return by_halves(q, k, cos, -sin, unsqueeze_dim)
+
+    for kernel, right in ((by_halves, True), (turned_back, False)):
+        asked = site(module, "rotary", "function"), module, gpt_oss.apply_rotary_pos_emb, implementation(kernel, "function")
+        verdict = Check(None).equivalent(*asked, Run(training=training))
+        assert verdict.accepted is right, verdict.reason
