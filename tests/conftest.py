@@ -1,6 +1,7 @@
 """Fixtures for every test: a hub on loopback, caches below tmp_path, and kernels made in one line."""
 
 import os
+import shutil
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -73,3 +74,17 @@ def as_default_hub(hub, hub_cache, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", hub.url)
     monkeypatch.setenv("HF_HUB_CACHE", str(hub_cache))
     return hub
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """A headless Chromium by Playwright; skips with the reason where either is missing."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
+    names = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
+    found = next((path for name in names if (path := shutil.which(name))), None)
+    if found is None:
+        pytest.skip(f"no Chromium on the PATH ({', '.join(names)}); apt-get install chromium-headless-shell")
+    with playwright.sync_playwright() as driver:
+        running = driver.chromium.launch(executable_path=found, args=["--no-sandbox"])  # tests may run as root, on our own page
+        yield running
+        running.close()

@@ -3,7 +3,6 @@
 import importlib
 import json
 import re
-import shutil
 import sys
 from pathlib import Path
 
@@ -70,21 +69,15 @@ def test_the_page_has_every_target_and_says_who_was_faster(performance, tmp_path
 
 
 @pytest.mark.slow
-def test_the_pictures_are_drawn_for_light_and_dark(performance, tmp_path):
-    browser = next(filter(None, map(shutil.which, ("chromium-headless-shell", "chromium", "google-chrome"))), None)
-    if browser is None:
-        pytest.skip("no Chromium on the PATH")
-    sync = pytest.importorskip("playwright.sync_api")
+def test_the_pictures_are_drawn_for_light_and_dark(performance, tmp_path, browser):
     rows = json.loads((ROOT / "benchmarks" / "results" / "nvidia-h200-kernels.json").read_text())["rows"]
     rows += [{"row": "a", "ms": {}, "speedup": {"swapped": 1.5}}]
     drawn = performance.plots.save(rows, tmp_path, "x")
     assert [path.name for path in drawn] == ["x-kernels.svg", "x-models.svg"]
-    with sync.sync_playwright() as driver:
-        running = driver.chromium.launch(executable_path=browser, args=["--no-sandbox"])
-        for scheme, ink in (("light", "rgb(36, 41, 47)"), ("dark", "rgb(230, 237, 243)")):
-            page = running.new_page(color_scheme=scheme)
-            for path in drawn:
-                page.goto(path.as_uri())
-                inks = "[...document.querySelectorAll('g[id^=text_] g')].map(g => getComputedStyle(g).fill)"
-                assert set(page.evaluate(inks)) == {ink}, (scheme, path.name)
-        running.close()
+    for scheme, ink in (("light", "rgb(36, 41, 47)"), ("dark", "rgb(230, 237, 243)")):
+        page = browser.new_page(color_scheme=scheme)
+        for path in drawn:
+            page.goto(path.as_uri())
+            inks = "[...document.querySelectorAll('g[id^=text_] g')].map(g => getComputedStyle(g).fill)"
+            assert set(page.evaluate(inks)) == {ink}, (scheme, path.name)
+        page.close()

@@ -63,6 +63,6 @@ def tensors(output):
 def recorded(model, recorder=None, swapper=None, append=None, **wanted):
     """`swap(model, graphs=True)` with that recorder."""
     swapper = swapper or Swapper(offline=True)
-    planned = swapper.plan(model, **{"table": None, **wanted})
+    planned = swapper.plan(model, **{"table": None, "build": "wait", **wanted})
     whole = site.outcome(model, differs, recorder or Rerun(), append=append)
     return apply(model, (whole, *planned), swapper.prover)

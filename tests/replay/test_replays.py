@@ -387,7 +387,7 @@ def test_checking_every_call_leaves_nothing_to_replay(model, recorder, swapper):
     applied.undo()
     from kernelswap.apply import apply
 
-    with apply(model, (whole, *swapper.plan(model)), swapper.prover, check="always") as applied:
+    with apply(model, (whole, *swapper.plan(model, build="wait")), swapper.prover, check="always") as applied:
         generated(model)
         assert facts(applied)["replayed"] == 0
         assert any("is checked again and again" in why for why in facts(applied)["not_replayed"])

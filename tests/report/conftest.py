@@ -1,7 +1,5 @@
 """One small model, swapped and measured: three kinds are served, one of a width is refused on real tensors, one is left alone."""
 
-import shutil
-
 import pytest
 import torch
 from tests.hub import kernel_files
@@ -68,17 +66,3 @@ def page(measured, tmp_path_factory):
     """The file."""
     about, applied, observed = measured
     return applied.html(tmp_path_factory.mktemp("page") / "report.html", name=about.name, observed=observed)
-
-
-@pytest.fixture(scope="session")
-def browser():
-    """A headless Chromium by Playwright; skips with the reason where either is missing."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
-    names = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
-    found = next((path for name in names if (path := shutil.which(name))), None)
-    if found is None:
-        pytest.skip(f"no Chromium on the PATH ({', '.join(names)}); apt-get install chromium-headless-shell")
-    with playwright.sync_playwright() as driver:
-        running = driver.chromium.launch(executable_path=found, args=["--no-sandbox"])  # tests may run as root, on our own page
-        yield running
-        running.close()
