@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import weakref
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -55,6 +57,7 @@ class CudaGraphs:
 
     def __init__(self) -> None:
         self.places: dict[torch.device, tuple[Any, torch.cuda.Stream]] = {}
+        self.alive: defaultdict[torch.device, weakref.WeakSet[Graph]] = defaultdict(weakref.WeakSet)
 
     def misfit(self, device: torch.device) -> str | None:
         """CUDA alone has graphs."""
@@ -64,7 +67,7 @@ class CudaGraphs:
 
     def record(self, run: Callable[[], Any], device: torch.device) -> Graph:
         """Capture `run` on a stream of its own. Other threads may go on using the device."""
-        if device not in self.places:
+        if device not in self.places or not self.alive[device]:  # PyTorch refuses a pool that no graph holds any more
             with torch.cuda.device(device):
                 self.places[device] = torch.cuda.graph_pool_handle(), _stream(device)
         pool, side = self.places[device]
@@ -79,7 +82,9 @@ class CudaGraphs:
                 _mend(device, pool)
                 self.places.pop(device, None)  # nothing that comes shares memory with what failed
                 raise
-        return Graph(graph, output, max(0, torch.cuda.memory_reserved(device) - before))
+        recorded = Graph(graph, output, max(0, torch.cuda.memory_reserved(device) - before))
+        self.alive[device].add(recorded)
+        return recorded
 
 
 @functools.cache
