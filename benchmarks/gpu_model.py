@@ -226,7 +226,7 @@ def graphed(size: str, models: Models) -> None:
             for _ in range(3):
                 run()
             runs[name] = captured([run]).replay if CUDA else run
-        except Exception as e:
+        except Exception as e:  # a capture may break in any way: the row says how
             if name == "original":
                 raise
             failed[name] = f"{type(e).__name__}: {str(e).splitlines()[0]}"

@@ -19,7 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import INTERPRETED, bind, current_stream, multiprocessors, on, stages
+from ._launch import INTERPRETED, bind, current_stream, multiprocessors, on
+from ._stages import stages
 from ._second import differentiable, recorded
 from .rms_norm import _sum_partials, _tile
 
