@@ -238,6 +238,15 @@ def test_no_thread_pool_of_its_own_is_linked(layers_build):
     assert b"libgomp" not in library.read_bytes()
 
 
+@needs_compiler
+def test_the_same_sources_give_the_same_bytes_wherever_they_lie(native_build, tmp_path):
+    """Of two builds with one id and different bytes, one process can load only one."""
+    moved = tmp_path / "elsewhere" / NATIVE.name
+    shutil.copytree(NATIVE, moved, ignore=shutil.ignore_patterns("__pycache__"))
+    again = build.compile(moved, this_cpu(), tmp_path / "compiled")
+    assert metadata.digest_files(again) == metadata.digest_files(native_build)
+
+
 def test_a_second_call_compiles_nothing(native_build, monkeypatch):
     monkeypatch.setenv("CXX", "a-compiler-that-is-not-there")
     before = (native_build / "metadata.json").stat().st_mtime_ns

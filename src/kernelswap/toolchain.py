@@ -127,6 +127,10 @@ class Compilation:
         command = self._nvcc(section) if on_device else [*self.cxx, "-fPIC", "-fvisibility=hidden", "-w"]
         command += ["-O3", "-DNDEBUG", f"-std=c++{20 if (self.machine.torch or (0, 0)) >= (2, 12) else 17}"]
         command += [f"-DTORCH_EXTENSION_NAME={self.id}", "-DPy_LIMITED_API=0x03090000"]
+        command += ["-Xcompiler"] if on_device else []
+        command.append(
+            f"-ffile-prefix-map={self.root}=."
+        )  # TORCH_LIBRARY keeps __FILE__: one source, one library, wherever it lies
         command += [f"-I{self.root / path}" for path in (section.include if section else self.file.include)]
         command += [f"-I{self.root}", f"-I{self.objects}"]
         if self.machine.cxx11 is not None:

@@ -8,6 +8,7 @@ import weakref
 import pytest
 import torch
 from packaging.version import Version
+from tests.cli.conftest import compiled_cache
 from tests.replay.rerun import Rerun, recorded
 from tests.swapping import frozen
 
@@ -20,8 +21,9 @@ STATIC = {"cache_implementation": "static", "do_sample": False}
 
 
 @pytest.fixture(scope="module")
-def swapper():
-    return Swapper(offline=True)
+def swapper(layers_build, tmp_path_factory):
+    """With kernels compiled already: those that the other tests of this process load."""
+    return Swapper(cache=compiled_cache(tmp_path_factory.mktemp("cache"), layers_build), offline=True)
 
 
 def qwen3(**more):
