@@ -76,6 +76,17 @@ def as_default_hub(hub, hub_cache, monkeypatch):
     return hub
 
 
+@pytest.fixture
+def one_thread():
+    """Torch computes in one thread: what small models are quickest with, and what two workers do not fight over."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def browser():
     """A headless Chromium by Playwright; skips with the reason where either is missing."""

@@ -33,13 +33,7 @@ from kernelswap.sources.directory import DirectorySource
 from kernelswap.sources.hub import HubSource
 from kernelswap.types import Mode, Row, Swap, Use
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -15,9 +15,9 @@ import torch
 from tests import swapping
 from tests.hub import kernel_files
 from tests.kernels import LAYERS, compiled
+from tests.small import qwen3
 from tests.swapping import CPU
 from torch import nn
-from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from kernelswap import locking, sbom
@@ -59,13 +59,7 @@ class Raises(nn.Module):
         return rms_norm(hidden_states, self.weight, self.variance_epsilon)
 """
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -114,11 +108,7 @@ def serving(outcome):
 
 def test_a_kernel_serves_only_the_sizes_at_which_it_beats_the_original(make_swapper):
     swapper = make_swapper("Uneven")
-    config = Qwen3Config(
-        vocab_size=64, hidden_size=256, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=64,
-    )  # fmt: skip
-    model = Qwen3ForCausalLM(config).eval()
+    model = qwen3(hidden_size=256, intermediate_size=256, head_dim=64)
     found = swapper.measure(model, seconds=120, compile=False)
     assert found.left == 0
     with swapper.swap(model, choose="measured", mode=Mode.INFERENCE, only=["input_layernorm"]) as applied:

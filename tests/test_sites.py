@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn as nn
 from tests import swapping
+from tests.small import qwen3
 from tests.swapping import Mlp, RMSNorm
 
 from kernelswap import sites, table
@@ -131,7 +132,7 @@ def test_a_shared_module_is_one_site_under_its_first_name():
 
 
 def test_a_function_that_forward_looks_up_is_a_site():
-    model = qwen3(layers=2)
+    model = qwen3()
     functions = [s for s in sites.find(model, ROWS) if s.kind == "function"]
     assert [(s.path, s.name) for s in functions] == [(f"model.layers.{i}.self_attn", "apply_rotary_pos_emb") for i in (0, 1)]
     assert functions[0].target == "transformers.models.qwen3.modeling_qwen3.apply_rotary_pos_emb"
@@ -148,7 +149,7 @@ def test_a_decorated_function_is_found_by_its_layer_whatever_it_is_called(monkey
 
     row = Row("rotary_pos_emb", "function", ("another_name",))
     monkeypatch.setattr(file, "apply_rotary_pos_emb", Turn())
-    assert [s.name for s in sites.find(qwen3(), (row,))] == ["apply_rotary_pos_emb"]
+    assert [s.name for s in sites.find(qwen3(num_hidden_layers=1), (row,))] == ["apply_rotary_pos_emb"]
 
 
 def test_a_method_of_the_same_name_is_not_a_global():
@@ -249,19 +250,3 @@ def test_a_glob_that_names_nothing_is_an_error_that_lists_what_there_is():
 def test_what_is_not_a_module_is_a_type_error():
     with pytest.raises(TypeError, match=r"expected a torch.nn.Module, found a str"):
         layers("model")
-
-
-def qwen3(layers=1):
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        vocab_size=64,
-    )
-    return Qwen3ForCausalLM(config).eval()

@@ -1,16 +1,12 @@
 """A small Qwen3 on the tests' hub under the id of the guide, kernels around it, and kernelswap installed over Transformers."""
 
 import pytest
-import torch
 from tests.adapters import world
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def _alone(one_thread):
+    """In every test of these."""
 
 
 @pytest.fixture

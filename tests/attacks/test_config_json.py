@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from tests.small import qwen3
 
 import kernelswap
 from kernelswap.api import Swapper
@@ -27,17 +28,7 @@ TRICKS = {
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    torch.manual_seed(0)
-    config = transformers.Qwen3Config(
-        vocab_size=64,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-    )
-    transformers.Qwen3ForCausalLM(config).save_pretrained(tmp_path / "model")
+    qwen3(num_hidden_layers=1).save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
 

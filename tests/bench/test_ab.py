@@ -5,6 +5,7 @@ import time
 
 import pytest
 import torch
+from tests.small import qwen3
 from torch import nn
 
 from kernelswap.bench import ab, subject
@@ -88,17 +89,6 @@ def test_peak_memory_is_what_the_run_needed_beyond_before():
 
 
 def tiny():
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    config = Qwen3Config(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-    )
-    model = Qwen3ForCausalLM(config).eval()
+    model = qwen3()
     ids = torch.arange(12)[None]
     return subject.Subject("tiny", model, "causal", {"input_ids": ids, "attention_mask": torch.ones_like(ids)})

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.small import qwen3
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
@@ -166,22 +167,11 @@ def test_who_was_faster_is_said(scripts):
     assert scripts("targets").losers(rows) == ["K1 RMSNorm fwd, 1x4096: Liger by 25%", "0.6b prefill 1x16: original by 25%"]
 
 
-def small():
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
-        vocab_size=256,
-    )  # fmt: skip
-    return Qwen3ForCausalLM(config).eval()
-
-
 def test_text_that_departs_is_shown_with_the_gap_where_it_does(scripts):
     import copy
 
     compare = scripts("gpu_generate").compare
-    original, wrong = small(), small()
+    original, wrong = qwen3(vocab_size=256), qwen3(vocab_size=256)
     with torch.no_grad():
         wrong.model.layers[1].mlp.down_proj.weight.mul_(-1)
     prompts = torch.randint(0, 255, (3, 8))

@@ -7,6 +7,7 @@ import pathlib
 import pytest
 import torch
 from tests.hub import kernel_files
+from tests.small import qwen3
 
 from kernelswap import Swapper
 from kernelswap.bench import job, plot, subject
@@ -44,21 +45,8 @@ class RMSNorm(torch.nn.Module):
 
 
 def small():
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
     torch.set_num_threads(1)
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=64,
-        hidden_size=HIDDEN,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=HEAD,
-    )
-    model = Qwen3ForCausalLM(config).eval()
-    model.generation_config.eos_token_id = None
+    model = qwen3(hidden_size=HIDDEN, head_dim=HEAD)
     ids = torch.arange(48)[None]
     words = subject.tokenizer()
     return subject.Subject("tiny", model, "causal", {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, tokenizer=words)

@@ -1,11 +1,11 @@
 """`kernelswap/attention` against attention in float64, one query at a time, for everything that can be asked of it."""
 
 import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from tests.kernels import opened
 
 BUILD = Path(__file__).parents[2] / "src" / "kernelswap" / "bundled" / "attention" / "build" / "torch-universal"
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -34,16 +34,9 @@ OPTIONS = {
 
 @pytest.fixture(scope="module")
 def kernel():
-    spec = importlib.util.spec_from_file_location(
-        "attention_under_test", BUILD / "__init__.py", submodule_search_locations=[str(BUILD)]
-    )
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    importlib.import_module("attention_under_test.reference")
-    yield module
-    for name in [name for name in sys.modules if name.partition(".")[0] == spec.name]:
-        del sys.modules[name]
+    with opened("attention_under_test", BUILD) as module:
+        importlib.import_module("attention_under_test.reference")
+        yield module
 
 
 def tensors(shape, dtype=torch.float32, *, batch=2, grad=False, seed=0):

@@ -1,7 +1,6 @@
 """`kernelswap/loss`: the head and its cross entropy against float64, and logits that nobody can tell from computed ones."""
 
 import copy
-import importlib.util
 import io
 import sys
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.kernels import opened
 from torch import nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
@@ -19,15 +19,8 @@ V, H = 103, 16
 
 @pytest.fixture(scope="module")
 def kernel():
-    spec = importlib.util.spec_from_file_location(
-        "loss_under_test", BUILD / "__init__.py", submodule_search_locations=[str(BUILD)]
-    )
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    for name in [name for name in sys.modules if name.partition(".")[0] == spec.name]:
-        del sys.modules[name]
+    with opened("loss_under_test", BUILD) as module:
+        yield module
 
 
 @pytest.fixture(autouse=True)

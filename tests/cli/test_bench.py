@@ -6,6 +6,7 @@ import pathlib
 import sys
 
 import pytest
+from tests import small
 from tests.cli.test_demo import environment, run
 
 from kernelswap.bench import ours
@@ -20,21 +21,10 @@ else:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """A small Qwen3 with its tokenizer, in a directory."""
-    import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
     from kernelswap.bench import subject
 
-    words = subject.tokenizer()
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=1024, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=64, pad_token_id=words.pad_token_id, eos_token_id=words.eos_token_id, bos_token_id=None,
-    )  # fmt: skip
-    where = tmp_path_factory.mktemp("checkpoint")
-    Qwen3ForCausalLM(config).save_pretrained(where)
-    words.save_pretrained(where)
-    return where
+    size = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64}
+    return small.checkpoint(tmp_path_factory.mktemp("checkpoint"), subject.tokenizer(), **size)
 
 
 def bench(checkpoint, cache, where, *more):

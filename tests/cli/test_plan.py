@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from tests import small
 from tests.hub import kernel_files
 
 from kernelswap.bench import subject
@@ -16,17 +17,9 @@ CUDA = f"{HERE},cuda=12.8,sm=90,os=linux,cpu=x86_64,cxx11=1"
 @pytest.fixture(scope="module")
 def qwen(tmp_path_factory):
     """A directory that Transformers loads, of the architecture that the GPU kernels are for."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    where = tmp_path_factory.mktemp("qwen")
-    words = subject.tokenizer()
-    config = Qwen3Config(
-        vocab_size=1024, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=16, pad_token_id=words.pad_token_id, eos_token_id=words.eos_token_id, bos_token_id=None,
-    )  # fmt: skip
-    Qwen3ForCausalLM(config).save_pretrained(where)
-    words.save_pretrained(where)
-    return where
+    return small.checkpoint(
+        tmp_path_factory.mktemp("qwen"), subject.tokenizer(), hidden_size=64, intermediate_size=96, head_dim=16
+    )
 
 
 def by_layer(data):

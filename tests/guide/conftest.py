@@ -1,1 +1,1 @@
-from tests.adapters.conftest import installed, make_swapper, one_thread, published, said  # noqa: F401  # fixtures
+from tests.adapters.conftest import _alone, installed, make_swapper, published, said  # noqa: F401  # fixtures

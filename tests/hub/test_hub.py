@@ -8,6 +8,7 @@ import pytest
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from packaging.version import Version
 from tests.hub import Hub, kernel_files
+from tests.small import SIZE, qwen3
 
 
 def download(hub, cache, name, path, **more):
@@ -70,20 +71,11 @@ def test_refusals_are_the_ones_the_client_knows(hub, hub_cache, name, revision, 
 def test_transformers_loads_a_model_from_it(as_default_hub, tmp_path):
     pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    config = transformers.Qwen3Config(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-    )
-    transformers.Qwen3ForCausalLM(config).save_pretrained(tmp_path / "model")
+    qwen3().save_pretrained(tmp_path / "model")
     files = {p.name: p.read_bytes() for p in (tmp_path / "model").iterdir()}
     as_default_hub.model("org/tiny").branch("main", files=files)
     model = transformers.AutoModelForCausalLM.from_pretrained("org/tiny")
-    assert model.config.hidden_size == 16
+    assert model.config.hidden_size == SIZE["hidden_size"]
     assert as_default_hub.requests("/org/tiny/resolve/*")
 
 

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,20 @@ def load(path, *, as_name=None):
     sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@contextmanager
+def opened(name, build_path):
+    """The package of a bundled build under `name`, as long as this lasts; its submodules go with it."""
+    spec = importlib.util.spec_from_file_location(name, build_path / "__init__.py", submodule_search_locations=[str(build_path)])
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    try:
+        yield module
+    finally:
+        for inside in [m for m in sys.modules if m.partition(".")[0] == name]:
+            del sys.modules[inside]
 
 
 def repository(build_path, root):

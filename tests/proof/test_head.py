@@ -1,11 +1,11 @@
 """A head is proved together with its loss: logits that are right do not excuse a loss, or a gradient of it, that is not."""
 
-import importlib.util
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from tests.kernels import opened
 from tests.proof.zoo import implementation, site
 from torch import nn
 
@@ -17,15 +17,8 @@ BUILD = Path(__file__).parents[2] / "src" / "kernelswap" / "bundled" / "loss" / 
 
 @pytest.fixture
 def kernel():
-    spec = importlib.util.spec_from_file_location(
-        "head_under_proof", BUILD / "__init__.py", submodule_search_locations=[str(BUILD)]
-    )
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    for name in [name for name in sys.modules if name.partition(".")[0] == spec.name]:
-        del sys.modules[name]
+    with opened("head_under_proof", BUILD) as module:
+        yield module
 
 
 def prove(kernel, dtype=torch.float32):

@@ -10,6 +10,7 @@ import torch
 from packaging.version import Version
 from tests.cli.conftest import compiled_cache
 from tests.replay.rerun import Rerun, recorded
+from tests.small import qwen3
 from tests.swapping import frozen
 
 from kernelswap.api import Swapper
@@ -26,18 +27,9 @@ def swapper(layers_build, tmp_path_factory):
     return Swapper(cache=compiled_cache(tmp_path_factory.mktemp("cache"), layers_build), offline=True)
 
 
-def qwen3(**more):
-    torch.manual_seed(0)
-    config = transformers.Qwen3Config(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, initializer_range=0.3, pad_token_id=0, bos_token_id=1, eos_token_id=None, **more,
-    )  # fmt: skip
-    return transformers.Qwen3ForCausalLM(config).eval()
-
-
 @pytest.fixture
 def model():
-    return qwen3()
+    return qwen3(initializer_range=0.3)
 
 
 @pytest.fixture
@@ -414,7 +406,7 @@ def test_undo_leaves_nothing(model, recorder, swapper):
 
 
 def test_recordings_go_with_their_model(recorder, swapper):
-    model = qwen3()
+    model = qwen3(initializer_range=0.3)
     recorded(model, recorder, swapper)
     generated(model)
     key, gone = id(model), weakref.ref(model)

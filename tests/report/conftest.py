@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tests.hub import kernel_files
+from tests.small import qwen3
 from tests.swapping import LAYERS, rows
 
 from kernelswap import Swapper, machine
@@ -18,20 +19,7 @@ LAYERS_THAT_TURN = "TURNED = []\n" + LAYERS.replace(
 
 
 def tiny():
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=64,
-        hidden_size=HIDDEN,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=HEAD,
-    )
-    model = Qwen3ForCausalLM(config).eval()
-    model.generation_config.eos_token_id = None
+    model = qwen3(hidden_size=HIDDEN, intermediate_size=96, head_dim=HEAD)
     ids = torch.arange(48)[None]
     given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     return subject.Subject("tiny <script>alert(1)</script>", model, "causal", given)

@@ -8,6 +8,7 @@ import pickle
 
 import pytest
 import torch
+from tests.small import qwen3
 from tests.swapping import frozen
 
 from kernelswap.api import Swapper
@@ -25,18 +26,9 @@ def swapper(tmp_path_factory):
     return Swapper(offline=True, cache=tmp_path_factory.mktemp("cache"), table=())
 
 
-def qwen3(**more):
-    torch.manual_seed(0)
-    config = transformers.Qwen3Config(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=8, initializer_range=0.3, pad_token_id=0, bos_token_id=1, eos_token_id=None, **more,
-    )  # fmt: skip
-    return transformers.Qwen3ForCausalLM(config).eval()
-
-
 @pytest.fixture
 def model():
-    return qwen3()
+    return qwen3(initializer_range=0.3)
 
 
 def registered():
@@ -249,7 +241,7 @@ def test_parts_with_configurations_of_their_own_have_outcomes_of_their_own(swapp
 def test_a_long_prompt_is_proved_on_a_part_of_it(swapper, monkeypatch):
     monkeypatch.setattr(attention, "SMALL", 64)
     monkeypatch.setattr(attention, "ROWS", 3)
-    model = qwen3()
+    model = qwen3(initializer_range=0.3)
     expected = model.generate(IDS, max_new_tokens=5, do_sample=False, cache_implementation="static")
     with swapper.swap(model, attention=True) as applied:
         found = model.generate(IDS, max_new_tokens=5, do_sample=False, cache_implementation="static")
