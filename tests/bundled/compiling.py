@@ -71,8 +71,13 @@ def modules(folder, *names, capability):
 
 
 def layers(capability, widths, dtypes):
-    it = modules("layers/build/torch-cuda", "rms_norm", "glu", "rope", capability=capability)
+    it = modules("layers/build/torch-cuda", "rms_norm", "glu", "rope", "projections", capability=capability)
     for dtype in dtypes:
+        for k in (1024, 12288):
+            for rows in (1, 16):
+                x, w = torch.zeros(rows, k, dtype=dtype), torch.zeros(64, k, dtype=dtype)
+                it.projections.project(x, (w, w, w), (None, None, None))
+                it.projections.gate_up(x, w, w)
         for n in widths:
             for m in (1, 100):
                 x, w = torch.zeros(m, n, dtype=dtype), torch.zeros(n, dtype=dtype)

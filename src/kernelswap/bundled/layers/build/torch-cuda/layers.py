@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.nn.modules import module as _every
 
 from .gated_norm import formula_ungated, known, rms_norm_gated
 from .glu import act_mul
 from .layer_norm import layer_norm
+from .projections import few, gate_up, project
 from .rms_norm import add_rms_norm, rms_norm
 from .rope import HALVES_NARROW, PAIRS, PAIRS_TO_HALVES, PAIRS_WIDE, norm_rope, rope
 
@@ -120,6 +123,68 @@ class GeGLUMLP(nn.Module):
         return self.down_proj(act_mul(self.gate_proj(x), self.up_proj(x), "gelu_tanh"))
 
 
+class SwiGLUMLPFused(nn.Module):
+    """`SwiGLUMLP`; of few rows and without gradients, all before `down_proj` is one launch that reads the weights itself.
+
+    Reads `gate_proj` and `up_proj`, where these are `nn.Linear` and calling them would do nothing else; calls them else.
+    """
+
+    can_torch_compile = True
+    has_backward = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., hidden) -> (..., hidden)."""
+        return self.down_proj(_gate_up(self, x, "silu"))
+
+
+class GeGLUMLPFused(nn.Module):
+    """The same of `GeGLUMLP`, with tanh-GELU."""
+
+    can_torch_compile = True
+    has_backward = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., hidden) -> (..., hidden)."""
+        return self.down_proj(_gate_up(self, x, "gelu_tanh"))
+
+
+class GeGLUErfMLPFused(nn.Module):
+    """The same with GELU proper, by the error function."""
+
+    can_torch_compile = True
+    has_backward = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., hidden) -> (..., hidden)."""
+        return self.down_proj(_gate_up(self, x, "gelu"))
+
+
+def _gate_up(mlp: nn.Module, x: Tensor, act: str) -> Tensor:
+    gate, up = mlp.gate_proj, mlp.up_proj
+    if not torch.compiler.is_compiling() and few(x) and _idle(gate) and _idle(up):
+        g, u = gate._parameters, up._parameters
+        y = gate_up(x, g["weight"], u["weight"], g["bias"], u["bias"], act)
+        if y is not None:
+            return y
+    return act_mul(gate(x), up(x), act)
+
+
+def _idle(linear: nn.Module) -> bool:
+    """Whether calling it is a product with its weight and nothing else."""
+    held = linear.__dict__
+    return type(linear) is nn.Linear and not (
+        "forward" in held
+        or held["_forward_hooks"]
+        or held["_forward_pre_hooks"]
+        or held["_backward_hooks"]
+        or held["_backward_pre_hooks"]
+        or _every._global_forward_hooks
+        or _every._global_forward_pre_hooks
+        or _every._global_backward_hooks
+        or _every._global_backward_pre_hooks
+    )
+
+
 def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
     """q (B, HQ, S, D), k (B, HK, S, D), cos and sin (B or 1, S, R) -> rotated q and k, in new memory; by halves of R.
 
@@ -200,6 +265,25 @@ def _norm_rotary(
     if eps != other:
         return rope(rms_norm(q, v, eps, offset), rms_norm(k, w, other, offset), cos, sin)
     return norm_rope(q, k, v, w, cos, sin, eps, 1, offset)
+
+
+def projections(
+    q_proj: nn.Module, k_proj: nn.Module, v_proj: nn.Module, hidden: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Three `nn.Linear` of hidden (..., K): (..., N_i) each. Of few rows one launch; else each is called. No gradients.
+
+    Whoever calls this has asked whether they are `nn.Linear` and calling them would do nothing else.
+    """
+    if few(hidden):
+        q, k, v = q_proj._parameters, k_proj._parameters, v_proj._parameters
+        found = project(hidden, (q["weight"], k["weight"], v["weight"]), (q["bias"], k["bias"], v["bias"]))
+        if found is not None:
+            return found
+    return q_proj(hidden), k_proj(hidden), v_proj(hidden)
+
+
+projections.can_torch_compile = True  # type: ignore[attr-defined]  # the layer contract's marks; traced, the modules are called
+projections.has_backward = False  # type: ignore[attr-defined]
 
 
 def _eps(norm: nn.Module) -> float:

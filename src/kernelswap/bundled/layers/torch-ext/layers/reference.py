@@ -72,6 +72,19 @@ def act_mul(gate: Tensor, up: Tensor, act: str) -> Tensor:
     return ACTS[act](gate) * up
 
 
+def project(x: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
+    """`x W_i^T + b_i` for each weight; summed up in float32, rounded once.
+
+    Shapes: x (..., K), W_i (N_i, K), b_i (N_i,) or None, each result (..., N_i).
+    """
+    return tuple(nn.functional.linear(x, w, b) for w, b in zip(weights, biases, strict=True))
+
+
+def gate_up(x: Tensor, weights: tuple[Tensor, Tensor], biases: tuple[Tensor | None, Tensor | None], act: str) -> Tensor:
+    """`act(x W_g^T + b_g) * (x W_u^T + b_u)`: an MLP up to its last product. Source: as `act_mul`."""
+    return act_mul(*project(x, weights, biases), act)
+
+
 def rotate_half(x: Tensor) -> Tensor:
     """`(x1, x2) -> (-x2, x1)` on the halves of the last dimension."""
     half = x.shape[-1] // 2
