@@ -77,11 +77,11 @@ WRONG = [
     ("[[swap]]\nlayer = 'a'\ntaget = []", "t.toml:1: row 1 (a): unknown key `taget`, did you mean `targets`?"),
     (
         "[[swap]]\nlayer = 'a'\nkind = 'function'\nstatements = 'sum'",
-        "t.toml:1: row 1 (a): `statements` is 'sum', expected residual_norm or norm_rotary, with kind = \"function\"",
+        "t.toml:1: row 1 (a): `statements` is 'sum', expected residual_norm, norm_rotary or projections, with kind = \"function\"",
     ),
     (
         "[[swap]]\nlayer = 'a'\nstatements = 'residual_norm'",
-        "t.toml:1: row 1 (a): `statements` is 'residual_norm', expected residual_norm or norm_rotary, with kind = \"function\"",
+        "t.toml:1: row 1 (a): `statements` is 'residual_norm', expected residual_norm, norm_rotary or projections, with kind = \"function\"",
     ),
     (
         "[[swap]]\nlayer = 'a'\nzzz = []",

@@ -63,7 +63,7 @@ def find(
                 near = _place(parent) or (None, None)
                 device, dtype = device or near[0], dtype or near[1]
             device = device or "cpu"
-            if row.statements and row.use and not any(_may_be_on(use.on, device) for use in row.use):
+            if row.statements and not any(_may_be_on(use.on, device) for use in row.use):
                 continue  # nothing that the model does is lost where there is no kernel for statements
             found.append(
                 Site(
@@ -151,7 +151,8 @@ class _Matcher:
     def __init__(self, module_rows: Sequence[Row], function_rows: Sequence[Row]) -> None:
         self.module_rows = tuple((row, *_split(row)) for row in module_rows)
         self.function_rows = tuple((row, *_split(row)) for row in function_rows if not row.statements)
-        self.statement_rows = tuple((row, *_split(row)) for row in function_rows if row.statements)
+        # sources are read for them: not for a row that serves nobody
+        self.statement_rows = tuple((row, *_split(row)) for row in function_rows if row.statements and row.use)
         self.classes: dict[type[Any], tuple[str, tuple[tuple[int, Row], ...], tuple[tuple[Row, str, str], ...]]] = {}
 
     def claims(self, path: str, module: nn.Module) -> Iterator[Claim]:
@@ -173,7 +174,7 @@ class _Matcher:
     def _statements(
         self, module: nn.Module, target: str, row: Row, plain: frozenset[str], globs: tuple[str, ...]
     ) -> Iterator[Claim]:
-        """The passages of a module's forward whose norms are all of the classes that a row names."""
+        """The passages of a module's forward whose norms, or projections, are all of the classes that a row names."""
         fits = set()
         for name, child in _children(module).items():
             if child is not None:

@@ -11,7 +11,7 @@ A row, with everything that it may say:
     use     = ["kernelswap/layers:RMSNorm", {spec = "org/norm@2:RMSNorm", on = ["cuda:sm90", "rocm"], modes = ["inference"]}]
     off     = false
     note    = "mean of squares over the last dimension"
-    statements = "residual_norm"                    # with kind = "function": a pattern of statements; targets, needs: of its norms
+    statements = "residual_norm"                    # with kind = "function": a pattern of statements; targets, needs: of what they call
 
 `modes` are `inference`, `training`, each with or without `+compile`, and `fallback`.
 """
@@ -36,7 +36,7 @@ else:  # pragma: no cover  # Python 3.10
 
 _ROW_KEYS = ("layer", "kind", "targets", "needs", "at", "probe", "note", "off", "use", "rivals", "statements")
 _USE_KEYS = ("spec", "on", "modes")
-STATEMENTS = ("residual_norm", "norm_rotary")
+STATEMENTS = ("residual_norm", "norm_rotary", "projections")
 """Patterns of statements that a forward is searched for."""
 _ALIAS = {"metal": "mps", "cann": "npu"}
 _ON = re.compile(
@@ -179,7 +179,7 @@ class _Reader:
         statements = self.text(at, item, "statements", "")
         if statements and (statements not in STATEMENTS or kind != "function"):
             self.problems.append(
-                f'{at}: `statements` is {statements!r}, expected {" or ".join(STATEMENTS)}, with kind = "function"'
+                f'{at}: `statements` is {statements!r}, expected {", ".join(STATEMENTS[:-1])} or {STATEMENTS[-1]}, with kind = "function"'
             )
         off = item.get("off", False)
         if not isinstance(off, bool):

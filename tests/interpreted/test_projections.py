@@ -18,7 +18,9 @@ def some(*shape, dtype=torch.float32):
 
 def made(k, sizes, dtype, biases):
     weights = tuple(some(n, k) / k**0.5 for n in sizes)
-    return tuple(w.to(dtype) for w in weights), tuple(some(n, dtype=dtype) if b else None for n, b in zip(sizes, biases, strict=True))
+    return tuple(w.to(dtype) for w in weights), tuple(
+        some(n, dtype=dtype) if b else None for n, b in zip(sizes, biases, strict=True)
+    )
 
 
 def wide(tensors):

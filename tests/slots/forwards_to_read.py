@@ -121,3 +121,59 @@ class More(Attention):
         k = self.k_norm(x)
         q, k = turn(q, k, cos, sin=sin)
         return q + k
+
+
+class Three(nn.Module):
+    """`around`: what a forward does with a projection, beside a view."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.around = nn.Linear(4, 6), nn.Linear(4, 2), nn.Linear(4, 2), nn.Tanh()
+
+    def forward(self, x):
+        shape = (*x.shape[:-1], -1, 2)
+        q = self.around(self.a(x).view(shape)).transpose(1, 2)
+        k = self.b(x).view(shape).transpose(1, 2)
+        v = self.c(x)
+        return q.sum(1) + k.sum(1) * v.reshape(*x.shape[:-1], 2)
+
+
+class Into(Three):
+    def forward(self, x):
+        q = self.a(x)
+        x = self.b(x)
+        v = self.c(x.repeat(1, 1, 2))
+        return q.sum() + x + v
+
+
+class Twice(Three):
+    def forward(self, x):
+        q = self.a(x)
+        k = self.b(x)
+        v = self.b(x)
+        return q.sum() + k + v
+
+
+class Apart(Three):
+    def forward(self, x, y):
+        q = self.a(x)
+        k = self.b(y)
+        v = self.c(y)
+        return q.sum() + k + v
+
+
+class Reads(Three):
+    def forward(self, x):
+        k = x
+        q = self.a(x).add(k.sum())
+        k = self.b(x)
+        v = self.c(x)
+        return q.sum() + k + v
+
+
+class Product(Three):
+    def forward(self, x):
+        q = self.a(x) * 2
+        k = self.b(x)
+        v = self.c(x)
+        return q.sum() + k + v

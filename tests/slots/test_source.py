@@ -139,6 +139,26 @@ def test_norms_and_rotary_as_a_call_mean_what_they_meant_and_hooks_see_the_same_
     assert shapes == before
 
 
+def test_projections_as_a_call_mean_what_they_meant():
+    module, seen, name = forwards.Three(), [], "kernelswap_projections_a_b_c"
+    with torch.no_grad():
+        want = module(X)
+        assert torch.equal(opened(forwards.Three)(module, X), want)
+
+        def kernel(a, b, c, x):
+            seen.append((a, b, c, x))
+            return a(x) * 2, b(x), c(x)
+
+        assert not torch.equal(opened(forwards.Three, **{name: kernel})(module, X), want)
+    assert [list(map(id, given)) for given in seen] == [list(map(id, (module.a, module.b, module.c, X)))]
+    assert inner(forwards.Three).__code__.co_varnames == inspect.unwrap(opened(forwards.Three)).__code__.co_varnames
+
+
+@pytest.mark.parametrize("cls", [forwards.Into, forwards.Twice, forwards.Apart, forwards.Reads, forwards.Product])
+def test_three_statements_that_are_not_projections_of_one_tensor_are_left_alone(cls):
+    assert fused.find(cls.forward, "projections") == ()
+
+
 def test_a_rewritten_forward_is_the_forward_to_everyone_who_looks():
     before, after = forwards.Layer.forward, opened(forwards.Layer)
     assert after is not before

@@ -29,9 +29,9 @@ OTHERS = 199, 263  # rows in the two size buckets that the shapes below leave ou
 DERIVED = 13  # rows of the non-contiguous shape made from a real call: prime, and beyond one vector register
 
 
-ROWWISE = frozenset({"rows", "residual_rows", "gated_rows", "elementwise", "gated", "mlp", "head"})
+ROWWISE = frozenset({"rows", "residual_rows", "gated_rows", "elementwise", "gated", "mlp", "projections", "head"})
 """Probes whose outputs depend, row by row, on the same row of their inputs alone."""
-SUMMED = frozenset({"mlp", "head"})
+SUMMED = frozenset({"mlp", "projections", "head"})
 """Probes whose outputs are sums of many terms; see `Case.sums`."""
 ROTARY = frozenset({"rotary", "norm_rotary"})
 """Probes of q, k, cos and sin, which have positions."""

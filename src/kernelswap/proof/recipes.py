@@ -50,6 +50,16 @@ def norm_rotary(subject: Subject) -> Iterator[Case]:
             yield Case(f"{name}, one cos for all", (q, k, cos[:1], sin[:1]), differentiable=both)
 
 
+def projections(subject: Subject) -> Iterator[Case]:
+    """Projections of one tensor (..., in_features): as for one of them, and in every size up to where kernels for few rows end."""
+    first = replace(subject, module=next(iter(subject.module.children())))
+    yield from inputs.mlp(first)
+    n = inputs.in_features(first.module)
+    for tokens in (2, 5, 13, 16) if n is not None else ():
+        x = subject.normal(tokens, 1, n or 0, salt=800 + tokens)
+        yield Case(f"{tokens} sequences of 1 token", (x,), counts=True, sums=True)
+
+
 RECIPES: dict[str, Recipe] = {
     "rows": inputs.rows,
     "gated_rows": inputs.gated_rows,
@@ -59,5 +69,6 @@ RECIPES: dict[str, Recipe] = {
     "rotary": inputs.rotary,
     "residual_rows": residual_rows,
     "norm_rotary": norm_rotary,
+    "projections": projections,
     "head": inputs.mlp,
 }

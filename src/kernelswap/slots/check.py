@@ -164,7 +164,8 @@ class Conduct:
     ) -> tuple[Any, Verdict]:
         served = forwards.guarded_function(forwards.Kernel.of(kernel, part.norms), original)
         if part.norms and not getattr(served, "serving", _always)(*args, **kwargs):
-            why = next(filter(None, map(fused.obstacle, args[: len(part.norms)])), "it is given tensors or norms of another kind")
+            found = (fused.obstacle(norm, part.site.name) for norm in args[: len(part.norms)])
+            why = next(filter(None, found), "it is given tensors or norms of another kind")
             return UNANSWERED, Verdict(accepted=False, reason=f"cannot take the place of the statements: {why}")
         run = Run(training=gradients, compiled=slot.compiled)  # what can be looked at, whatever the module's mode
         given = args[1:] if part.site.kind == "module" else args

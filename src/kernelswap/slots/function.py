@@ -33,7 +33,8 @@ def obstacle(module: nn.Module, name: str, *, replacing: bool = False) -> str | 
         return why
     forward = module_slot.original(module).forward
     norms = [getattr(module, norm) for norm in fused.norms(forward, name)]
-    return next(filter(None, map(fused.obstacle, norms)), None) or rebuild.looks_up(fused.opened(forward, [name]), name)
+    why = fused.twice(norms) or next(filter(None, (fused.obstacle(norm, name) for norm in norms)), None)
+    return why or rebuild.looks_up(fused.opened(forward, [name]), name)
 
 
 def inside(module: nn.Module, name: str) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 A kernel for a passage is given the norms as modules and reads their weights. It answers only where calling the norms would
 do nothing else: each is of the very class that was proved, or of ours over it, with no hook and no forward of its own, and
 its weight is an ordinary parameter where the tensors are and of their dtype. In any other call, and under tracing, the
-statements are run as they stand, norms as modules.
+statements are run as they stand, norms as modules. All this holds of projections too, which are `torch.nn.Linear` and have biases.
 """
 
 from __future__ import annotations
@@ -94,14 +94,39 @@ def _inner(forward: Function) -> FunctionType | None:
     return inner if isinstance(inner, FunctionType) and rebuild.replaced(forward, inner, inner) is not None else None
 
 
-def obstacle(norm: nn.Module) -> str | None:
-    """Why a kernel would not answer for this norm as it is now, or `None`."""
-    held = vars(norm)
+def obstacle(module: nn.Module, name: str) -> str | None:
+    """Why a kernel for the passage `name` would not answer for this module that it calls, as that is now, or `None`."""
+    held, projection = vars(module), name.startswith(f"{PREFIX}projections")
+    it = "a projection that it calls" if projection else "a norm that it calls"
+    if projection and (why := _not_linear(module)) is not None:
+        return f"{it} {why}"
     if "forward" in held:
-        return "a norm that it calls has a forward of its own"
+        return f"{it} has a forward of its own"
     if any(held[name] for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")):
-        return "a norm that it calls has hooks"
+        return f"{it} has hooks"
     return None
+
+
+def _not_linear(module: nn.Module) -> str | None:
+    import torch
+
+    cls = type(module)
+    if not is_or_ours(cls, torch.nn.Linear):
+        return f"is a {cls.__name__} ({cls.__module__.partition('.')[0]}), not torch's own Linear"
+    hook = vars(module).get("_hf_hook")
+    if any(getattr(one, "offload", False) for one in (hook, *getattr(hook, "hooks", ()))):
+        return "keeps its weights elsewhere between calls (accelerate)"
+    weight = vars(module)["_parameters"].get("weight")
+    if type(weight) is not torch.nn.Parameter or not weight.is_floating_point():
+        kind = "no parameter" if weight is None else f"a {type(weight).__name__} of {weight.dtype}"
+        return f"has a weight that is {kind}, not an ordinary one"
+    return None
+
+
+def twice(modules: Iterable[nn.Module]) -> str | None:
+    """Why modules that are one module under several names are not given to a kernel, or `None`."""
+    modules = list(modules)
+    return "two of the modules that it calls are one" if len(set(map(id, modules))) < len(modules) else None
 
 
 # -- in a call ------------------------------------------------------------------------------------------------------
@@ -109,7 +134,8 @@ def obstacle(norm: nn.Module) -> str | None:
 
 def standing_back(kernel: Function, plain: Function, classes: Norms) -> Function:
     """What the forward calls: the kernel where it may answer, else `plain`. Its `serving` says which, of the same arguments."""
-    return _of_one(kernel, plain, classes[0]) if len(classes) == 1 else _of_two(kernel, plain, *classes)
+    made: dict[int, Callable[..., Function]] = {1: _of_one, 2: _of_two, 3: _of_three}
+    return made[len(classes)](kernel, plain, *classes)
 
 
 def _of_one(kernel: Function, plain: Function, cls: type[Any]) -> Function:
@@ -155,6 +181,28 @@ def _of_two(kernel: Function, plain: Function, q_cls: type[Any], k_cls: type[Any
     return norm_rotary
 
 
+def _of_three(kernel: Function, plain: Function, *classes: type[Any]) -> Function:
+    tensor, elsewhere, fine = *asked(), [_idle_linear(cls) for cls in classes]
+    fine_q, fine_k, fine_v = fine
+
+    def serving(q_proj: nn.Module, k_proj: nn.Module, v_proj: nn.Module, hidden: Any) -> bool:
+        return (
+            not elsewhere()
+            and type(hidden) is tensor
+            and fine_q(q_proj, hidden)
+            and fine_k(k_proj, hidden)
+            and fine_v(v_proj, hidden)
+        )
+
+    def projections(q_proj: nn.Module, k_proj: nn.Module, v_proj: nn.Module, hidden: Any) -> Any:
+        if serving(q_proj, k_proj, v_proj, hidden):
+            return kernel(q_proj, k_proj, v_proj, hidden)
+        return plain(q_proj, k_proj, v_proj, hidden)
+
+    projections.serving = serving  # type: ignore[attr-defined]  # same
+    return projections
+
+
 def asked() -> tuple[type[Any], Callable[[], bool]]:
     """The class of ordinary tensors; and whether this is no place for a kernel: traced, under torch.func, every module hooked."""
     import torch
@@ -197,4 +245,18 @@ def idle(cls: type[Any]) -> Callable[[nn.Module, Any], bool]:
     return asked_of
 
 
-__all__ = ["PREFIX", "Passage", "find", "is_or_ours", "norms", "obstacle", "opened", "standing_back"]
+def _idle_linear(cls: type[Any]) -> Callable[[nn.Module, Any], bool]:
+    """The same of a projection, whose bias, if it has one, is as its weight is."""
+    fine = idle(cls)
+
+    def asked_of(linear: nn.Module, x: Any) -> bool:
+        if not fine(linear, x):
+            return False
+        held = linear.__dict__["_parameters"]
+        weight, bias = held["weight"], held.get("bias")
+        return bias is None or (type(bias) is type(weight) and bias.dtype is weight.dtype and bias.device == weight.device)
+
+    return asked_of
+
+
+__all__ = ["PREFIX", "Passage", "find", "is_or_ours", "norms", "obstacle", "opened", "standing_back", "twice"]

@@ -1,6 +1,6 @@
 """Statements of a forward that one call can stand for. Finds them in a syntax tree, and writes the call in their place.
 
-Two patterns, named as the rows of a table name them (`statements = ...`), and a third that joins a layer with the next (`ahead.py`):
+Three patterns, named as the rows of a table name them (`statements = ...`), and one that joins a layer with the next (`ahead.py`):
 
     residual_norm    h = r + h                                    h, r = CALL(self.NORM, r, h)
                      r = h
@@ -11,19 +11,26 @@ Two patterns, named as the rows of a table name them (`statements = ...`), and a
                      ... (reads neither q nor k)                  ...
                      q, k = ROTARY(q, k, cos, sin)                q, k = CALL(self.Q_NORM, self.K_NORM, q, k, cos, sin)
 
+    projections      q = ... self.Q(X) ...                        q, k, v = CALL(self.Q, self.K, self.V, X)
+                     k = ... self.K(X) ...                        q = ... q ...
+                     v = ... self.V(X) ...                        k = ... k ...
+                                                                  v = ... v ...
+
     ahead            h = self.NORM(h)       the first, of what is given       h = CALL(self.NORM, h)
                      ...
                      h = r + h              the last                          h = CALL(self, r, h)
                      return h
 
 where CALL is a global name of ours, under which the forward finds the statements' own meaning, as a function compiled from
-them, until a kernel takes its place. The norms may also come after the transposition. What deviates from a pattern is left
+them, until a kernel takes its place. The norms may also come after the transposition; what is done with a projection (`...`) is
+methods, attributes and a norm, of it alone. What deviates from a pattern is left
 alone; where it comes close, the reason is kept.
 """
 
 from __future__ import annotations
 
 import ast
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from types import CodeType, FunctionType
@@ -42,7 +49,7 @@ class Passage:
     name: str
     """The global name of the call."""
     norms: tuple[str, ...]
-    """Attributes of the module: the norms that the call is given first, in this order."""
+    """Attributes of the module: the norms, or projections, that the call is given first, in this order."""
     plain: Callable[..., Any]
     """What the statements mean, as a function of the norms and of the tensors that they read."""
     why: str = ""
@@ -208,6 +215,65 @@ def _ahead(tree: ast.FunctionDef) -> Iterator[_Found]:
             yield _Found(AHEAD_TOTAL, (), tree.body, ends, ("layer", "residual", "hidden"), body)
 
 
+def _projections(tree: ast.FunctionDef) -> Iterator[_Found]:
+    this = _this(tree)
+    for block in _blocks(tree):
+        taken = 0  # statements are of one passage at most
+        for i in range(len(block) - 2):
+            three = [_projected(this, stmt) for stmt in block[i : i + 3]]
+            found = [one for one in three if one is not None]
+            targets, names, given = ({one[at] for one in found} for at in range(3))
+            if i < taken or len(found) < 3 or len(given) > 1 or min(len(targets), len(names)) < 3 or targets & given:
+                continue
+            if any(targets & _names(stmt.value) for stmt in block[i : i + 3] if isinstance(stmt, ast.Assign)):
+                continue
+            taken = i + 3
+            yield _three(this, block, i, found)
+
+
+def _three(this: str, block: list[ast.stmt], i: int, found: list[tuple[str, str, str, ast.Call]]) -> _Found:
+    projections, first = tuple(name for _, name, _, _ in found), block[i]
+    name, x = _name("projections", *projections), found[0][2]
+    targets = ast.Tuple([ast.Name(t, ast.Store()) for t, *_ in found], ast.Store())
+    call = ast.copy_location(ast.Assign([targets], _call(first, name, this, projections, (x,))), first)
+    changes: list[tuple[ast.stmt, list[ast.stmt]]] = []
+    for stmt, (t, _, _, projection) in zip(block[i : i + 3], found, strict=True):
+        rest = [] if cast(ast.Assign, stmt).value is projection else [_with(stmt, projection, t)]
+        changes.append((stmt, [call, *rest] if stmt is first else rest))
+    parameters = ("q_proj", "k_proj", "v_proj", "hidden")
+    body = ast.parse("return q_proj(hidden), k_proj(hidden), v_proj(hidden)").body
+    return _Found(name, projections, block, changes, parameters, body)
+
+
+def _projected(this: str, stmt: ast.stmt) -> tuple[str, str, str, ast.Call] | None:
+    """`t = ... self.PROJECTION(X) ...`: t, the projection, X, and the call; what is around it begins with that call."""
+    match stmt:
+        case ast.Assign(targets=[ast.Name(target)], value=value):
+            pass
+        case _:
+            return None
+    whole, read = value, ""
+    while not read:
+        match value:
+            case ast.Call(func=ast.Attribute(value=ast.Name(owner), attr=attribute), args=[inner], keywords=[]) if owner == this:
+                if isinstance(inner, ast.Name):
+                    read = inner.id
+                    break
+                value = inner  # a norm around it
+            case ast.Call(func=ast.Attribute(value=inner)) | ast.Attribute(value=inner):
+                value = inner
+            case _:
+                return None
+    if sum(isinstance(n, ast.Name) and n.id == read for n in ast.walk(whole)) > 1:
+        return None
+    return target, attribute, read, cast(ast.Call, value)
+
+
+def _with(stmt: ast.stmt, part: ast.expr, name: str) -> ast.stmt:
+    """A copy of a statement that reads a variable in the place of a part of it."""
+    return copy.deepcopy(stmt, {id(part): ast.copy_location(ast.Name(name, ast.Load()), part)})
+
+
 def _stored(stmt: ast.stmt) -> set[str]:
     return {n.id for n in ast.walk(stmt) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
 
@@ -215,6 +281,7 @@ def _stored(stmt: ast.stmt) -> set[str]:
 PATTERNS: dict[str, Callable[[ast.FunctionDef], Iterator[_Found]]] = {
     "residual_norm": _residual_norm,
     "norm_rotary": _norm_rotary,
+    "projections": _projections,  # after it: what that leaves of a statement is still a projection
     "ahead": _ahead,
 }
 
