@@ -6,6 +6,9 @@ import pytest
 import torch
 from tests.interpreted.conftest import BUNDLED, TOLERANCES, relative
 
+from kernelswap import reads
+from kernelswap.slots.obstacles import bypass
+
 spec = importlib.util.spec_from_file_location("layers_reference", BUNDLED / "layers" / "torch-ext" / "layers" / "reference.py")
 reference = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(reference)
@@ -232,3 +235,12 @@ def test_another_tile_gives_the_same(layers, tile, rows):
         assert max(relative(y, w) for y, w in zip(found, exact(x, weights, given), strict=True)) < 1e-5
         gated = layers.projections.gate_up(x, weights[0], weights[0], tile=tile)
         assert relative(gated, reference.gate_up(x.double(), wide(weights[:1] * 2), (None, None), "silu")) < 1e-5
+
+
+def test_a_plan_knows_what_the_layers_read_and_keeps_them_off_an_mlp_with_hooks(layers):
+    for name in FUSED.values():
+        module, found = mlp("silu", 8, 8), reads.of(getattr(layers.layers, name).forward)
+        assert set(found) == {"gate_proj", "up_proj", "down_proj()"}
+        assert bypass(module, found) is None
+        module.gate_proj.register_forward_hook(lambda *_: None)
+        assert bypass(module, found) == "the kernel reads gate_proj instead of calling gate_proj, which has forward hooks"
