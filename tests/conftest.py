@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import tempfile
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -10,6 +11,15 @@ from tests.kernels import layers_alone, layers_build, native_build, native_of_a_
 
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")  # a busy machine is no finding; pytest-timeout ends what hangs
+
+
+def pytest_configure(config):
+    """A home of this run: tests see nothing of what is kept for the user, and leave nothing there."""
+    if not hasattr(config, "workerinput"):  # workers have the environment of the process that starts them
+        os.environ["HOME"] = home = tempfile.mkdtemp(prefix="kernelswap-tests-")
+        config.add_cleanup(lambda: shutil.rmtree(home, ignore_errors=True))
+        for name in ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_STATE_HOME"):
+            os.environ.pop(name, None)
 
 
 @pytest.fixture(scope="session")
