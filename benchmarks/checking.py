@@ -4,6 +4,9 @@
 
 Each row: the original's forward (with backward in training), and what a first call adds to the kernel's own time, when random tensors have
 accepted the kernel and no verdict on a real call is known. Medians of five.
+
+Then whole models of 28 layers: the swap, whose proofs run on random tensors, and the first and second forward (or training step) after it, without
+verdicts and with those of a former start; medians of three. Wants a C++ compiler, for the kernels that ship with kernelswap.
 """
 
 import argparse
@@ -11,6 +14,7 @@ import json
 import os
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -22,9 +26,10 @@ import torch  # noqa: E402  # after the number of threads is set
 import torch.nn.functional as F  # noqa: E402  # torch's own spelling
 from tests.proof.zoo import ORIGINALS, by_name, implementation, site  # noqa: E402  # same
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb  # noqa: E402  # same
-from transformers.models.qwen3.modeling_qwen3 import Qwen3Config, Qwen3MLP  # noqa: E402  # same
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Config, Qwen3ForCausalLM, Qwen3MLP  # noqa: E402  # same
 
-from kernelswap.proof import Check  # noqa: E402  # same
+from kernelswap import Swapper  # noqa: E402  # same
+from kernelswap.proof import Check, Verdicts  # noqa: E402  # same
 from kernelswap.types import Run  # noqa: E402  # same
 
 
@@ -75,6 +80,45 @@ def one(name, module, functions, args, probe, *, kind="module", training=False, 
     }
 
 
+def spent(ask):
+    start = time.thread_time()
+    ask()
+    return 1e3 * (time.thread_time() - start)
+
+
+def whole(hidden, tokens, *, layers=28, training=False, runs=3):
+    """Milliseconds of one model: plain, and swapped at a first and at a later start."""
+    heads = {"num_attention_heads": hidden // 64, "num_key_value_heads": hidden // 128, "head_dim": 64}
+    config = Qwen3Config(hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers, vocab_size=1000, **heads)
+    model, ids = Qwen3ForCausalLM(config).train(training), torch.randint(0, 1000, (1, tokens))
+
+    def step():
+        with torch.set_grad_enabled(training):
+            out = model(ids, labels=ids if training else None, use_cache=False)
+        if training:
+            out.loss.backward()
+
+    found = {"plain": [timed(lambda: step()) * 1e3]}
+    for _ in range(runs):
+        with tempfile.TemporaryDirectory() as folder:
+            for start in ("cold", "warm"):
+                swapper = Swapper(offline=True, prover=Check(Verdicts(Path(folder))))
+                held = []
+                times = {"swap": spent(lambda s=swapper, h=held: h.append(s.swap(model, build="wait")))}
+                times |= {name: spent(step) for name in ("first", "second")}
+                assert held[0].refusals == (), held[0].refusals
+                held[0].undo()
+                for name, taken in times.items():
+                    found.setdefault(f"{start}_{name}", []).append(taken)
+    row = {"call": f"{layers} layers of {hidden}, {tokens} tokens{', training' if training else ''}"}
+    row |= {f"{name}_ms": statistics.median(taken) for name, taken in found.items()}
+    print(
+        f"{row['call']:44}"
+        + "".join(f" {n.removesuffix('_ms').replace('_', ' ')} {v:.0f} ms " for n, v in row.items() if n != "call")
+    )
+    return row
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path)
@@ -116,8 +160,10 @@ def main():
             thorough=arguments.thorough,
         )
     )
+    models = [whole(128, 32), whole(128, 32, training=True), whole(1024, 64)]
     if arguments.out:
-        arguments.out.write_text(json.dumps({"torch": torch.__version__, "threads": 1, "rows": rows}, indent=1) + "\n")
+        result = {"torch": torch.__version__, "threads": 1, "rows": rows, "models": models}
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

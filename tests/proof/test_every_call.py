@@ -192,6 +192,23 @@ def test_a_refusal_is_known_at_the_next_start_and_costs_the_original_alone(world
     assert "differs in output" in applied.refusals[0][1]
 
 
+def test_a_kernel_that_raises_after_a_warm_start_leaves_that_call_and_all_after_it_to_the_original(world):
+    swapper, kernel = world
+    norm, _ = swapped(swapper)
+    x = torch.randn(5, N)
+
+    def fails(_):
+        raise RuntimeError("out of registers")
+
+    with torch.no_grad():
+        norm(x)
+        norm, applied = swapped(swapper)
+        kernel.WRONG.append(fails)
+        for _ in range(2):
+            assert torch.equal(norm(x), plain(norm, x))
+    assert "raises RuntimeError: out of registers" in applied.refusals[0][1]
+
+
 def test_inference_mode_and_no_grad_share_a_verdict(world):
     swapper, _ = world
     x = torch.randn(5, N)

@@ -15,11 +15,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from .. import render, sites
 from ..types import Artifact, Implementation, Run, Site
-from . import inputs
+from . import calls, inputs
 
 CHECK_VERSION = 3
 """Raised when the checks become stricter: older verdicts are void then."""
@@ -28,6 +27,12 @@ _SCALARS = (int, float, bool, str, type(None))
 _NUMBERING = re.compile(
     r"layer_?(idx|index|id|number|num)|block_?(idx|index|id)|training|_is_hf_initialized|_is_full_backward_hook"
 )
+
+
+@functools.cache
+def _numbers(name: str) -> bool:
+    """Whether an attribute says which of many alike a module is, and nothing of what it does."""
+    return _NUMBERING.fullmatch(name) is not None
 
 
 def subject(site: Site, module: nn.Module, original: Callable[..., Any]) -> tuple[Any, ...]:
@@ -41,7 +46,7 @@ def _facts(module: nn.Module) -> tuple[Any, ...]:
     settings = tuple(
         (name, value if isinstance(value, _SCALARS) else f"{type(value).__module__}.{getattr(value, '__qualname__', '')}")
         for name, value in vars(module).items()
-        if isinstance(value, (*_SCALARS, type, types.FunctionType)) and not _NUMBERING.fullmatch(name)
+        if isinstance(value, (*_SCALARS, type, types.FunctionType)) and not _numbers(name)
     )
     held = tuple(
         (name, None if t is None else (tuple(t.shape), str(t.dtype), type(t).__name__))
@@ -54,7 +59,7 @@ def _facts(module: nn.Module) -> tuple[Any, ...]:
 
 def bucket(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
     """What of a call decides whether an earlier verdict holds for it: rows (1, 2-16, 17-256, more), layouts, dtypes, gradients."""
-    leaves = pytree.tree_leaves((tuple(args), dict(kwargs)))
+    leaves = calls.leaves(args, kwargs)
     held = [t for t in leaves if isinstance(t, Tensor)]
     size = size_of(inputs.count(held))
     kinds = tuple(

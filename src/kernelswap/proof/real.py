@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..types import Implementation, Site, Verdict
-from . import head, inputs, keys, memory, recipes, trial
+from . import calls, head, inputs, keys, memory, recipes, trial
 from .agree import Differs
 from .calls import Want
 from .inputs import Case
@@ -95,7 +96,7 @@ class Real:
     ) -> None:
         self.site, self.module, self.original, self.candidate = site, module, original, candidate
         self.args, self.kwargs = args, kwargs
-        self.leaves, self.spec = pytree.tree_flatten((args, dict(kwargs)))
+        self.leaves = calls.leaves(args, kwargs)
         self.held = [t for t in self.leaves if isinstance(t, Tensor)]
         self.device = memory.indexed(self.held[0].device if self.held else torch.device("cpu"))
         self.size = head.size(site.row.probe, module, self.held)
@@ -103,6 +104,11 @@ class Real:
         self.graded = torch.is_grad_enabled()  # now: the checks run in a mode of their own
         self.want: Want | None = None
         self.pair: trial.Pair | None = None
+
+    @functools.cached_property
+    def spec(self) -> pytree.TreeSpec:
+        """What makes arguments of leaves again."""
+        return pytree.tree_structure((self.args, dict(self.kwargs)))
 
     def by_original(self) -> Any:
         """The original's answer, as if nobody had asked a kernel."""

@@ -172,10 +172,9 @@ class Conduct:
         in_the_open = gradients or module.training or bool(modes())
         anew = slot.every == 1 or part.service(training=module.training).standing == "accepted"  # as `check=` picked it
         known = getattr(slot.prover, "known", None)
-        if in_the_open and not anew and known is not None:  # nothing to run aside: the call itself is the only one
-            found = known(part.site, module, original, kernel, run, given, kwargs)
-            if found is not None:
-                return UNANSWERED, found
+        found = None if anew or known is None else known(part.site, module, original, kernel, run, given, kwargs)
+        if found is not None:  # nothing to run aside: the call itself is the only one
+            return (UNANSWERED, found) if in_the_open or not found.accepted else _tried(kernel, original, args, kwargs, found)
         try:
             with aside(slot.place[0]):
                 more = {"anew": True} if anew else {}
@@ -184,6 +183,17 @@ class Conduct:
             answer = original(*args, **kwargs)  # raises in turn what the caller did wrong, and then nothing is decided
             return answer, Verdict(accepted=False, reason=f"raised {type(e).__name__} while being checked: {e}")
         return (UNANSWERED if in_the_open else output), verdict
+
+
+def _tried(
+    kernel: Implementation, original: Function, args: tuple[Any, ...], kwargs: dict[str, Any], verdict: Verdict
+) -> tuple[Any, Verdict]:
+    """The kernel's answer under an accepting verdict; when it raises, the original's and a refusal."""
+    try:
+        return kernel.forward(*args, **kwargs), verdict
+    except Exception as e:  # noqa: BLE001  # a kernel may raise anything: the original answers, and the reason is kept
+        why = f"raises {type(e).__name__}: {' '.join(str(e).split())[:300]}"
+    return original(*args, **kwargs), Verdict(accepted=False, reason=why, key=verdict.key)
 
 
 def required(part: Part, kernel: Implementation, verdict: Verdict) -> Required:
