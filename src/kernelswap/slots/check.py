@@ -172,9 +172,9 @@ class Conduct:
         in_the_open = gradients or module.training or bool(modes())
         anew = slot.every == 1 or part.service(training=module.training).standing == "accepted"  # as `check=` picked it
         known = getattr(slot.prover, "known", None)
-        found = None if anew or known is None else known(part.site, module, original, kernel, run, given, kwargs)
-        if found is not None:  # nothing to run aside: the call itself is the only one
-            return (UNANSWERED, found) if in_the_open or not found.accepted else _tried(kernel, original, args, kwargs, found)
+        earlier = None if anew or known is None else known(part.site, module, original, kernel, run, given, kwargs)
+        if earlier is not None:  # nothing to run aside: the call itself is the only one
+            return (UNANSWERED, earlier) if in_the_open or not earlier.accepted else _tried(kernel, original, args, kwargs, earlier)
         try:
             with aside(slot.place[0]):
                 more = {"anew": True} if anew else {}
