@@ -174,7 +174,9 @@ class Conduct:
         known = getattr(slot.prover, "known", None)
         earlier = None if anew or known is None else known(part.site, module, original, kernel, run, given, kwargs)
         if earlier is not None:  # nothing to run aside: the call itself is the only one
-            return (UNANSWERED, earlier) if in_the_open or not earlier.accepted else _tried(kernel, original, args, kwargs, earlier)
+            return (
+                (UNANSWERED, earlier) if in_the_open or not earlier.accepted else _tried(kernel, original, args, kwargs, earlier)
+            )
         try:
             with aside(slot.place[0]):
                 more = {"anew": True} if anew else {}
