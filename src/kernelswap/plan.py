@@ -83,6 +83,10 @@ _ON_REAL_TENSORS = Verdict(accepted=True, reason="no recipe for random inputs: t
 MEASURED, TRIED, UNABLE, NOT_ASKED, ELSEWHERE = range(5)
 
 
+FASTEST = "measured, and the original is the fastest"
+"""How such a reason begins."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Passed:
     rank: int
@@ -198,7 +202,7 @@ class _Planner:
                 later = tuple(one.spec for one in allowed[i:])
                 break
         best = Choice(accepted[0][1], verdict=accepted[0][2]) if accepted else Choice(None)
-        if self.wish.chooser is not None and not site.row.statements and self.takes_any(site, module):
+        if self.wish.chooser is not None and self.takes_any(site, module):
             best = self.wish.chooser.choose(site, module, _original(site, module), accepted, run)
             passed += [_Passed(MEASURED, spec, why) for spec, why in best.passed]
         choice = replace(best, passed=tuple((p.spec, p.why) for p in passed), later=later)
@@ -302,7 +306,9 @@ def _with_those(outcome: Swap, called: Sequence[tuple[str, Outcome]]) -> Outcome
     for training in (False, True):
         choice = outcome.serving(training=training)
         kernel = choice.implementation
-        found = None if kernel is None else next(filter(None, (_not_by(kernel, name, o, training) for name, o in called)), None)
+        timed = any(times is not None for _, _, times in choice.measured)
+        asked = (_not_by(kernel, name, o, training, timed=timed) for name, o in called) if kernel is not None else ()
+        found = next(filter(None, asked), None)
         if kernel is not None and found is not None:
             why = why or found
             choice = Choice(None, (*choice.passed, (str(kernel.origin.candidate.requirement), found)))
@@ -312,16 +318,35 @@ def _with_those(outcome: Swap, called: Sequence[tuple[str, Outcome]]) -> Outcome
     return replace(outcome, inference=whole[False], training=whole[True])
 
 
-def _not_by(kernel: Implementation, name: str, other: Outcome, training: bool) -> str | None:  # noqa: FBT001  # one caller
-    """Why `kernel` may not do the work of what `other` is about, or `None`."""
+def _not_by(
+    kernel: Implementation,
+    name: str,
+    other: Outcome,
+    training: bool,  # noqa: FBT001  # one caller
+    *,
+    timed: bool,
+) -> str | None:
+    """Why `kernel` may not do the work of what `other` is about, or `None`.
+
+    `timed`: the statements were measured, and that a norm by itself lost, or won at some sizes, is nobody's wish.
+    """
     if isinstance(other, Kept):
         asked_for = other.site.left_out.startswith(sites.NOT_ASKED_FOR)  # these statements were asked for, and by name
-        return None if asked_for else f"its {name} is left as it is: {other.reason}"
+        lost = timed and other.reason.startswith(FASTEST)
+        return None if asked_for or lost else f"its {name} is left as it is: {other.reason}"
     its = other.serving(training=training).implementation
-    ours = its is not None and its.origin.candidate.requirement.source == "bundled"  # what nobody had to ask for
-    if its is None or its.parts or not (ours or its.origin.digest == kernel.origin.digest):
-        return f"its {name} is served by {'the original' if its is None else its.origin.candidate.requirement}"
+    parts = (its,) if its is None or not its.parts else its.parts
+    for part in parts if timed else (its,):
+        if part is None and timed:
+            continue
+        if part is None or part.parts or not (_nobody_asked_for(part, timed=timed) or part.origin.digest == kernel.origin.digest):
+            return f"its {name} is served by {'the original' if part is None else part.origin.candidate.requirement}"
     return None
+
+
+def _nobody_asked_for(implementation: Implementation, *, timed: bool) -> bool:
+    source = implementation.origin.candidate.requirement.source
+    return source == "bundled" or (timed and source == "torch")  # the original, compiled
 
 
 def _runs(mode: Mode | None) -> dict[bool, Run | None]:
@@ -360,9 +385,7 @@ def _original(site: Site, module: nn.Module) -> Callable[..., Any]:
 def _one_reason(passed: Sequence[_Passed], site: Site) -> str:
     best = min(passed, key=lambda p: p.rank)
     if best.rank == MEASURED:
-        return "measured, and the original is the fastest: " + "; ".join(
-            f"{p.spec}: {p.why}" for p in passed if p.rank == MEASURED
-        )
+        return f"{FASTEST}: " + "; ".join(f"{p.spec}: {p.why}" for p in passed if p.rank == MEASURED)
     if best.rank == ELSEWHERE:
         return f"no kernel in the table is for {site.device.partition(':')[0]}"
     if best.rank == NOT_ASKED:

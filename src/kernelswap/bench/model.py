@@ -116,10 +116,10 @@ def run(  # noqa: PLR0913  # what a user may want, each under its name
 
 def _races(contest: Contest, subject: Subject) -> list[Race]:
     found = kinds.group(contest.outcomes, subject.model)
-    where = {(o.site.path, o.site.layer): (kind, o) for kind in found for o in kind.outcomes}
+    where = {(o.site.path, o.site.layer, o.site.name): (kind, o) for kind in found for o in kind.outcomes}
     races = []
     for entry in contest.speeds.entries.values():
-        kind, outcome = where.get((entry.site.path, entry.site.layer), (None, None))
+        kind, outcome = where.get((entry.site.path, entry.site.layer, entry.site.name), (None, None))
         if kind is None or outcome is None or entry.scale is None:
             continue
         laps = tuple(_laps(contest.speeds, entry))

@@ -36,16 +36,21 @@ def seen(
     """
     if not site.row.statements:
         return site, module, original, candidate
-    norms = function.norms(module, site.name)
-    if given is not None:
-        norms = dict(zip(norms, given, strict=False))
-    forward = on_module(candidate.forward, len(norms))
+    held = of(site, module, given)
+    norms = len(held._modules)  # noqa: SLF001  # see `on_module`
+    forward = on_module(candidate.forward, norms)
     return (
         dataclasses.replace(site, kind="module"),
-        Norms(norms),
-        on_module(original, len(norms)),
+        held,
+        on_module(original, norms),
         dataclasses.replace(candidate, kind="module", forward=forward),
     )
+
+
+def of(site: Site, module: nn.Module, given: tuple[Any, ...] | None = None) -> Norms:
+    """The norms of some statements of `module`; of a call, those that its arguments begin with."""
+    found = function.norms(module, site.name)
+    return Norms(found if given is None else dict(zip(found, given, strict=False)))
 
 
 def rest(site: Site, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -58,7 +63,7 @@ def on_module(function: Callable[..., Any], norms: int) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def forward(module: nn.Module, *args: Any) -> Any:
-        return function(*module.children(), *args)
+        return function(*module._modules.values(), *args)  # noqa: SLF001  # `children` passes over one that is there twice
 
     with contextlib.suppress(ValueError, TypeError):  # a compiled one may have none that can be read
         parameters = list(inspect.signature(function).parameters.values())[norms:]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..slots import function
 from . import inputs
 from .inputs import Subject
 
@@ -51,11 +52,13 @@ BY_PROBE = {
     "gated_rows": ROWS,
     "mlp": ROWS,
     "rotary": ROWS,
+    "residual_rows": ROWS,
+    "norm_rotary": ROWS,
     "elementwise": ELEMENTS,
     "gated": ELEMENTS,
 }
 
-GRADED = {"rotary": 2}
+GRADED = {"rotary": 2, "norm_rotary": 2}
 """How many of the arguments carry gradients in training, where not all do: cos and sin do not."""
 
 
@@ -72,6 +75,8 @@ Draw = Callable[..., Tensor]
 
 def sample(subject: Subject, bucket: int, salt: int = 0) -> tuple[Any, ...] | None:
     """Positional arguments of one call in that bucket, or None: no call of this site is in it, or it is too large.
+
+    Of statements that call norms, what follows these; `subject.module` is the module whose statements they are.
 
     Hidden states are (1, rows, width), as a model gives them; q and k are views (1, heads, tokens, size) of what projections leave.
     """
@@ -105,17 +110,24 @@ def _gated(subject: Subject, size: int, draw: Draw, salt: int) -> tuple[Any, ...
     return _elements(size // 2, draw, salt, 1, 2) if one else _elements(size, draw, salt, 2)
 
 
-def _rotary(subject: Subject, size: int, draw: Draw, salt: int) -> tuple[Any, ...] | None:
+def _rotary(subject: Subject, size: int, draw: Draw, salt: int, width: int | None = None) -> tuple[Any, ...] | None:
+    """`width` of a head where something else than the module says it."""
     about = inputs.heads(subject.module)
-    many, few = about.whole
+    (many, few), width = about.whole, width or about.size
     tokens = size // many
-    if not tokens or size * about.size > MOST:
+    if not tokens or size * width > MOST:
         return None
-    q, k = draw(1, tokens, many, about.size, salt=salt), draw(1, tokens, few, about.size, salt=salt + 31)
+    q, k = draw(1, tokens, many, width, salt=salt), draw(1, tokens, few, width, salt=salt + 31)
     if q.is_meta:
         return (q.transpose(1, 2),)
-    cos, sin = inputs.angles(subject, torch.arange(tokens, device="cpu")[None], about.rotated[0])
+    turned = about.rotated[0] if width == about.size else width
+    cos, sin = inputs.angles(subject, torch.arange(tokens, device="cpu")[None], turned)
     return q.transpose(1, 2), k.transpose(1, 2), cos, sin
+
+
+def _normed(subject: Subject) -> int | None:
+    """The width of the norms that some statements call."""
+    return inputs.width(next(iter(function.norms(subject.module, subject.site.name).values())))
 
 
 _MADE: dict[str, Callable[[Subject, int, Draw, int], tuple[Any, ...] | None]] = {
@@ -123,6 +135,8 @@ _MADE: dict[str, Callable[[Subject, int, Draw, int], tuple[Any, ...] | None]] = 
     "gated_rows": lambda s, size, draw, salt: _hidden(size, draw, salt, inputs.width(s.module), 2),
     "mlp": lambda s, size, draw, salt: _hidden(size, draw, salt, inputs.in_features(s.module)),
     "rotary": _rotary,
+    "residual_rows": lambda s, size, draw, salt: _hidden(size, draw, salt, _normed(s), 2),
+    "norm_rotary": lambda s, size, draw, salt: _rotary(s, size, draw, salt, _normed(s)),
     "elementwise": lambda _, size, draw, salt: _elements(size, draw, salt),
     "gated": _gated,
 }

@@ -18,8 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from .. import sites
+from ..slots import function, fused
 from ..types import Choice, Implementation, Run, Site, Verdict
-from . import inputs, keys, memory, samples
+from . import inputs, keys, memory, norms, samples
 from .agree import Differs
 from .check import Check
 from .compiled import SPEC, compiled
@@ -96,7 +98,7 @@ class Speeds:
         if scale is None or run.compiled:
             return Choice(accepted[0][1], verdict=accepted[0][2]) if accepted else Choice(None)
         name = keys.digest(*_parts(site, module, original, run))
-        if self.compile:
+        if self.compile and not site.row.statements:  # compiled code runs these as they stand, among their neighbours
             if name not in self._memo:
                 self._memo[name] = compiled(site, original)
             candidates.append((SPEC, self._memo[name]))
@@ -109,9 +111,14 @@ class Speeds:
         return self._served(entry, scale, parts, verdicts)
 
     def _decide(self, entry: Entry) -> list[str]:
-        """For each bucket the digest of what serves, `""` for the original, `UNKNOWN` where nothing was measured."""
+        """For each bucket the digest of what serves, `""` for the original, `UNKNOWN` where nothing was measured.
+
+        A bucket that cannot be measured is served as the one below, the first ones as the first that can.
+        """
         assert entry.scale is not None
-        return [self._fastest(entry, bucket) for bucket in range(len(entry.scale.at))]
+        found = [None if self._is_absent(entry, b) else self._fastest(entry, b) for b in range(len(entry.scale.at))]
+        last = next((f for f in found if f is not None), UNKNOWN)
+        return [last := last if f is None else f for f in found]
 
     def _fastest(self, entry: Entry, bucket: int) -> str:
         known = [(self.known(entry, i, bucket), i) for _, i in entry.candidates]
@@ -159,7 +166,8 @@ class Speeds:
             return lead
         key = (entry.name, *(p and keys.digest(keys.kernel(p)) for p in parts))
         if key not in self._memo:  # equal modules share one: their classes, and what is compiled of them, are the same
-            self._memo[key] = mixture(scale, parts, entry.original, lead)
+            before = function.norms(entry.module, entry.site.name) if entry.site.row.statements else ()
+            self._memo[key] = mixture(scale, parts, entry.original, lead, before=len(before))
         return self._memo[key]
 
     # -- measuring --
@@ -207,16 +215,19 @@ class Speeds:
         assert entry.scale is not None
         given = samples.sample(subject, bucket)
         assert given is not None  # `missing` asked
-        module = None if subject.site.kind == "function" else inputs.with_parameters(subject, 1.0).train(entry.run.training)
-        site = subject.site
-        if (why := self._differs(site, module, entry, candidate, given)) is not None:
+        site, held, original, called = norms.seen(subject.site, entry.module, entry.original, _behind_guard(entry, candidate))
+        module = None
+        if site.kind == "module":
+            module = inputs.with_parameters(dataclasses.replace(subject, module=held), 1.0).train(entry.run.training)
+        before = tuple(module._modules.values()) if module is not None and site.row.statements else ()  # noqa: SLF001  # as `norms.on_module`
+        if (why := self._differs(entry, None if before else module, candidate, (*before, *given))) is not None:
             return Verdict(accepted=False, reason=why)
         graded = samples.GRADED.get(site.row.probe, len(given)) if entry.run.training else None
         salts = iter(range(1, 1 << 20))
         size = sum(t.numel() * t.element_size() for t in given)
         found = compare(
-            _side(entry.original, module, graded),
-            _side(candidate.forward, module, graded),
+            _side(original, module, graded),
+            _side(called.forward, module, graded),
             lambda: samples.sample(subject, bucket, next(salts)) or given,
             seconds=seconds,
             device=subject.device,
@@ -238,10 +249,9 @@ class Speeds:
             ),
         )
 
-    def _differs(
-        self, site: Site, module: nn.Module | None, entry: Entry, candidate: Implementation, given: tuple[Any, ...]
-    ) -> str | None:
-        """Why the outputs on these inputs are not good enough, or `None`."""
+    def _differs(self, entry: Entry, module: nn.Module | None, candidate: Implementation, given: tuple[Any, ...]) -> str | None:
+        """Why the outputs on these inputs are not good enough, or `None`. `module`: in place of the entry's own."""
+        site = entry.site
         if candidate.origin.candidate.source == "torch":  # not a stranger's: its outputs are compared, nothing more is asked
             try:
                 _, verdict = Real(site, module, entry.original, candidate, given, {}).answered(accepted(Errors()))
@@ -274,7 +284,19 @@ def speedup(verdict: Verdict) -> float | None:
 def _parts(site: Site, module: nn.Module, original: Callable[..., Any], run: Run) -> tuple[Any, ...]:
     device = memory.indexed(torch.device(site.device))
     threads = torch.get_num_threads() if device.type == "cpu" else 0
-    return keys.subject(site, module, original), site.dtype, keys.place(device), threads, keys.run_of(run)
+    about: tuple[Any, ...] = (site.dtype, keys.place(device), threads, keys.run_of(run))
+    if site.row.statements:
+        held = norms.of(site, module)
+        return keys.subject(dataclasses.replace(site, kind="module"), held, original), repr(inputs.heads(module)), *about
+    return keys.subject(site, module, original), *about
+
+
+def _behind_guard(entry: Entry, candidate: Implementation) -> Implementation:
+    """What would run: a kernel for statements is called by what asks whether it may answer for the norms."""
+    if not entry.site.row.statements:
+        return candidate
+    classes = tuple(sites.original(norm) for norm in function.norms(entry.module, entry.site.name).values())
+    return dataclasses.replace(candidate, forward=fused.standing_back(candidate.forward, entry.original, classes))
 
 
 def _side(function: Callable[..., Any], module: nn.Module | None, graded: int | None) -> Callable[..., Any]:
@@ -297,9 +319,16 @@ def _side(function: Callable[..., Any], module: nn.Module | None, graded: int | 
 
 
 def mixture(
-    scale: samples.Scale, parts: Sequence[Implementation | None], original: Callable[..., Any], lead: Implementation
+    scale: samples.Scale,
+    parts: Sequence[Implementation | None],
+    original: Callable[..., Any],
+    lead: Implementation,
+    *,
+    before: int = 0,
 ) -> Implementation:
     """What `parts` say, by the size of the call's first tensor; None is the original. `lead` gives the mixture its name.
+
+    `before`: norms that a call begins with.
 
     Where one candidate serves every bucket no such frame is needed. This one costs a comparison or two.
     """
@@ -320,7 +349,7 @@ def mixture(
                     return function, ours
         return original, False
 
-    skip = 1 if lead.kind == "module" else 0  # `self` comes first, and is part of the call
+    skip = before + (lead.kind == "module")  # `self` comes first, and is part of the call
 
     @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:

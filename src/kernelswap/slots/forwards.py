@@ -124,6 +124,8 @@ def guarded_function(kernel: Kernel, original: Forward) -> Forward:
             return original(*args, **kwargs)
         return served(*args, **kwargs)
 
+    if (sizes := getattr(served, "serving", None)) is not None:
+        function.serving = lambda *args, **kwargs: not cannot((args, kwargs)) and sizes(*args, **kwargs)  # type: ignore[attr-defined]  # as on the kernel
     return _marked(function)
 
 

@@ -133,9 +133,17 @@ def twice(modules: Iterable[nn.Module]) -> str | None:
 
 
 def standing_back(kernel: Function, plain: Function, classes: Norms) -> Function:
-    """What the forward calls: the kernel where it may answer, else `plain`. Its `serving` says which, of the same arguments."""
-    made: dict[int, Callable[..., Function]] = {1: _of_one, 2: _of_two, 3: _of_three}
-    return made[len(classes)](kernel, plain, *classes)
+    """What the forward calls: the kernel where it may answer, else `plain`. Its `serving` says which, of the same arguments.
+
+    A kernel with a `serving` of its own, for some sizes of calls, is asked as well.
+    """
+    of: dict[int, Callable[..., Function]] = {1: _of_one, 2: _of_two, 3: _of_three}
+    made = of[len(classes)](kernel, plain, *classes)
+    sizes = getattr(kernel, "serving", None)
+    if sizes is not None:
+        may = made.serving  # type: ignore[attr-defined]  # every one of these has it
+        made.serving = lambda *given: may(*given) and sizes(*given)  # type: ignore[attr-defined]  # same
+    return made
 
 
 def _of_one(kernel: Function, plain: Function, cls: type[Any]) -> Function:
