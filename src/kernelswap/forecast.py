@@ -12,12 +12,15 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from . import build as building
-from . import render, spec, table
+from . import render, sites, spec, table
 from .errors import KernelSwapError
+from .slots import function as function_slot
 from .sources.bundled import BundledSource
-from .types import Candidate, Machine, Outcome, Requirement, Site, Swap, Use
+from .types import Candidate, Machine, Outcome, Requirement, Row, Site, Swap, Use
 
 if TYPE_CHECKING:
+    import torch.nn as nn
+
     from .api import Swapper
 
 _DEVICES = {"metal": "mps", "cann": "npu"}
@@ -56,8 +59,14 @@ def device_of(machine: Machine) -> str:
     return "cpu" if kind == "cpu" else f"{kind}:0"
 
 
+def everywhere(rows: Sequence[Row]) -> tuple[Row, ...]:
+    """A table to plan with for a forecast: its rows for statements are for every device, so that they are found, and proved, here."""
+    return tuple(replace(row, use=tuple(replace(use, on=()) for use in row.use)) if row.statements else row for row in rows)
+
+
 def forecast(
     swapper: Swapper,
+    model: nn.Module,
     outcomes: Sequence[Outcome],
     machine: Machine,
     *,
@@ -68,8 +77,9 @@ def forecast(
     """One forecast for each outcome of a plan made here.
 
     Args:
-        swapper: asks its sources; offline if there is no network there.
-        outcomes: of a plan on this machine; nothing of them is changed.
+        swapper: asks its sources; offline if there is no network there. What its table says of devices holds, here as there.
+        model: that the plan was made for.
+        outcomes: of a plan on this machine, by the table `everywhere`; nothing of them is changed.
         machine: the other one.
         hub: count in kernels of the table that are on the hub.
         named: specs that count in any case, because somebody wrote them.
@@ -78,7 +88,7 @@ def forecast(
     Fetches lists and small files, no kernel; runs nothing.
     """
     there = _There(swapper, machine, hub=hub, named=named, refused=refused or {})
-    return tuple(there.outcome(o) for o in outcomes)
+    return there.beside(model, [there.outcome(o) for o in outcomes])
 
 
 class _There:
@@ -95,10 +105,13 @@ class _There:
         self.device = device_of(machine)
         self.builds: dict[str, tuple[Candidate | None, str]] = {}
         self.names: dict[Candidate, frozenset[str] | None] = {}
+        self.uses = {(row.layer, use.spec): use for row in swapper.table if row.statements for use in row.use}
 
     def outcome(self, outcome: Outcome) -> Forecast:
-        site = outcome.site
+        site = self.as_in_table(outcome.site)
         serving = outcome.inference.implementation if isinstance(outcome, Swap) else None
+        if serving is not None and site.row.statements and not self.may_be_here(site, serving.layer):
+            serving = None  # it was only proved here
         here = render.named(serving.origin, serving.layer) if serving is not None else ""
         if site.row.off or site.left_out:
             return Forecast(site, here, "", "", site.left_out or "left alone: you asked for it")
@@ -111,6 +124,23 @@ class _There:
                 return Forecast(site, here, *found, "", tuple(passed))
             passed.append((use.spec, found))
         return Forecast(site, here, "", "", _telling(passed, site, self.device), tuple(passed))
+
+    def as_in_table(self, site: Site) -> Site:
+        """For the devices again that the table names, where `everywhere` widened it."""
+        if not site.row.statements:
+            return site
+        return replace(site, row=replace(site.row, use=tuple(self.uses.get((site.layer, u.spec), u) for u in site.row.use)))
+
+    def may_be_here(self, site: Site, layer: str) -> bool:
+        """Whether a use that gives this layer is for this machine."""
+        of = (use for use in site.row.use if spec.parse(use.spec).layer == layer)
+        return any(table.misfit(use, site.device, self.swapper.machine) is None for use in of)
+
+    def beside(self, model: nn.Module, found: Sequence[Forecast]) -> tuple[Forecast, ...]:
+        """As in a plan, statements are left alone where what they call would be."""
+        modules = sites.modules(model)
+        by_place = {(f.site.path, f.site.name): f for f in found}
+        return tuple(_with_those(f, modules[f.site.path], by_place) if f.there and f.site.row.statements else f for f in found)
 
     def in_order(self, site: Site, proved: str | None) -> list[Use]:
         """The table's order; of one kernel's layers the one first that was proved here."""
@@ -168,6 +198,21 @@ class _There:
             source = self.swapper.sources[candidate.requirement.source]
             self.names[candidate] = _names(lambda name: source.read(candidate, name))
         return self.names[candidate]
+
+
+def _with_those(found: Forecast, module: nn.Module, by_place: Mapping[tuple[str, str], Forecast]) -> Forecast:
+    site = found.site
+    called = [(norm, (f"{site.path}.{norm}".lstrip("."), "")) for norm in function_slot.norms(module, site.name)]
+    called += [(name, (site.path, name)) for name in function_slot.inside(module, site.name)]
+    for name, place in called:
+        other = by_place.get(place)
+        if other is None or other.site.left_out.startswith(sites.NOT_ASKED_FOR):
+            continue
+        if not other.there:
+            return replace(found, there="", build="", why=f"its {name} would be left as it is: {other.why}")
+        if not other.there.startswith("kernelswap/") and other.there.partition(":")[0] != found.there.partition(":")[0]:
+            return replace(found, there="", build="", why=f"its {name} would be served by {other.there}")
+    return found
 
 
 def _names(read: Callable[[str], bytes | None]) -> frozenset[str] | None:

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from tests import small
+from tests.fusion import make
 from tests.hub import kernel_files
 
 from kernelswap.bench import subject
@@ -48,6 +49,42 @@ def test_what_the_gpu_has_is_served_there_by_another_build(call, warm_cache, qwe
     text = call("plan", qwen, "--machine", CUDA, "--cache", warm_cache).out
     assert "there: linux x86_64, torch" in text
     assert "sm90" in text
+
+
+def test_statements_that_are_fused_on_a_gpu_alone_are_proved_here_and_gained_there(call, warm_cache, qwen):
+    data = json.loads(call("plan", qwen, "--machine", CUDA, "--cache", warm_cache, "--json").out)
+    sites = by_layer(data)
+    for layer in ("residual_norm", "norm_rotary"):
+        assert sites[layer]["here"] is None
+        assert (sites[layer]["there"], sites[layer]["build"]) == (f"kernelswap/layers:{layer}", "torch-cuda")
+    assert data["gained"] == sum(site["layer"] in {"residual_norm", "norm_rotary"} for site in data["sites"])
+
+
+def test_of_statements_the_kernel_for_the_norm_that_they_have_is_forecast(call, warm_cache, tmp_path):
+    words = subject.tokenizer()
+    make("gemma3_text", vocab_size=len(words)).save_pretrained(tmp_path)
+    words.save_pretrained(tmp_path)
+    sites = by_layer(json.loads(call("plan", tmp_path, "--machine", CUDA, "--cache", warm_cache, "--json").out))
+    assert sites["residual_norm"]["there"] == "kernelswap/layers:residual_norm_zero_centered"
+    assert sites["norm_rotary"]["there"] == "kernelswap/layers:norm_rotary_zero_centered"
+
+
+@pytest.mark.parametrize(
+    ("more", "lost"),
+    [(["--skip", "rotary_pos_emb"], {"norm_rotary"}), (["--skip", "RMSNorm"], {"residual_norm", "norm_rotary"})],
+    ids=["rotary", "norms"],
+)
+def test_statements_are_left_alone_there_where_what_they_call_is(call, warm_cache, qwen, more, lost):
+    sites = by_layer(json.loads(call("plan", qwen, "--machine", CUDA, "--cache", warm_cache, "--json", *more).out))
+    for layer in ("residual_norm", "norm_rotary"):
+        assert (sites[layer]["there"] is None) == (layer in lost)
+        assert layer not in lost or "would be left as it is: skipped by you" in sites[layer]["why"]
+
+
+def test_on_another_cpu_no_statements_are_fused_and_nothing_is_lost_by_it(call, warm_cache, qwen):
+    data = json.loads(call("plan", qwen, "--machine", "torch=2.14", "--cache", warm_cache, "--json").out)
+    assert by_layer(data)["norm_rotary"]["there"] is None
+    assert data["lost"] == 0
 
 
 def test_a_newer_torch_compiles_the_same_sources_there(call, warm_cache, minilm):

@@ -47,7 +47,7 @@ def command(
     """
     from ...api import Swapper
     from ...bench import subject
-    from ...forecast import device_of, forecast
+    from ...forecast import device_of, everywhere, forecast
     from ...proof.ledger import Ledger
 
     there = session.machine_of(machine)
@@ -61,7 +61,13 @@ def command(
         base = session.swapper(cache=cache, offline=offline)
         ledger = Ledger(base.prover)
         swapper = Swapper(
-            sources=base.sources, verifiers=base.verifiers, machine=base.machine, store=base.store, prover=ledger, cache=cache
+            sources=base.sources,
+            verifiers=base.verifiers,
+            machine=base.machine,
+            store=base.store,
+            table=everywhere(base.table),
+            prover=ledger,
+            cache=cache,
         )
         options: dict[str, Any] = {"table": table, "only": only, "skip": skip, "hub": hub, "build": "wait", "progress": report}
         options["attention"] = attention or None
@@ -72,7 +78,7 @@ def command(
         for e in ledger.entries:
             if not e.verdict.accepted:
                 refused.setdefault((e.site.layer, e.site.target), set()).add(e.asked)
-        found = forecast(elsewhere, outcomes, there, hub=hub, named=_specs(table), refused=refused)
+        found = forecast(elsewhere, loaded.model, outcomes, there, hub=hub, named=_specs(table), refused=refused)
         report("asking for the other machine", 1, 1)
     lost = sum(f.lost for f in found)
     data = {
