@@ -52,6 +52,10 @@ def turned(q_norm, k_norm, q, k, cos, sin):
     return one(q_norm, q), one(k_norm, k)
 
 
+def projected(q_proj, k_proj, v_proj, hidden):
+    return tuple(nn.functional.linear(hidden, one.weight, one.bias) for one in (q_proj, k_proj, v_proj))
+
+
 def slowly_turned(q_norm, k_norm, q, k, cos, sin):
     for _ in range(50):
         turned(q_norm, k_norm, q, k, cos, sin)
@@ -166,6 +170,14 @@ def test_training_of_statements_is_measured_with_the_gradients_of_their_norms(sw
         for spec, candidate in entry.candidates:
             verdict = found.speeds.known(entry, candidate, 0)
             assert verdict is None or verdict.seconds_kernel is not None, (spec, verdict.reason)
+
+
+def test_projections_are_measured_where_a_table_names_a_kernel(swapper, mine):
+    model = make("llama")
+    wanted = {"table": {"projections": f"dir://{mine}:projected"}, "trust": True, "only": "projections"}
+    found = swapper.measure(model, seconds=30, **wanted)
+    assert found.measured > 0
+    assert any(found.speeds.known(e, c, 0).seconds_kernel for e in found.speeds.entries.values() for _, c in e.candidates)
 
 
 def test_a_norm_that_lost_by_itself_does_not_keep_statements_that_won(swapper, mine):

@@ -54,6 +54,7 @@ BY_PROBE = {
     "rotary": ROWS,
     "residual_rows": ROWS,
     "norm_rotary": ROWS,
+    "projections": ROWS,
     "elementwise": ELEMENTS,
     "gated": ELEMENTS,
 }
@@ -125,9 +126,9 @@ def _rotary(subject: Subject, size: int, draw: Draw, salt: int, width: int | Non
     return q.transpose(1, 2), k.transpose(1, 2), cos, sin
 
 
-def _normed(subject: Subject) -> int | None:
-    """The width of the norms that some statements call."""
-    return inputs.width(next(iter(function.norms(subject.module, subject.site.name).values())))
+def _first(subject: Subject) -> Any:
+    """The first of the modules that some statements call."""
+    return next(iter(function.norms(subject.module, subject.site.name).values()))
 
 
 _MADE: dict[str, Callable[[Subject, int, Draw, int], tuple[Any, ...] | None]] = {
@@ -135,8 +136,9 @@ _MADE: dict[str, Callable[[Subject, int, Draw, int], tuple[Any, ...] | None]] = 
     "gated_rows": lambda s, size, draw, salt: _hidden(size, draw, salt, inputs.width(s.module), 2),
     "mlp": lambda s, size, draw, salt: _hidden(size, draw, salt, inputs.in_features(s.module)),
     "rotary": _rotary,
-    "residual_rows": lambda s, size, draw, salt: _hidden(size, draw, salt, _normed(s), 2),
-    "norm_rotary": lambda s, size, draw, salt: _rotary(s, size, draw, salt, _normed(s)),
+    "residual_rows": lambda s, size, draw, salt: _hidden(size, draw, salt, inputs.width(_first(s)), 2),
+    "norm_rotary": lambda s, size, draw, salt: _rotary(s, size, draw, salt, inputs.width(_first(s))),
+    "projections": lambda s, size, draw, salt: _hidden(size, draw, salt, inputs.in_features(_first(s))),
     "elementwise": lambda _, size, draw, salt: _elements(size, draw, salt),
     "gated": _gated,
 }
