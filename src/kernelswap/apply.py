@@ -15,7 +15,7 @@ from .errors import KernelSwapError, PlanConflict, UndoConflict
 from .report import text
 from .report.facts import facts
 from .report.observed import Observed
-from .slots import attention, classes
+from .slots import ahead, attention, classes
 from .slots import module as module_slot
 from .slots.state import Part, Slot
 from .types import Machine, Outcome, Prover, Site, Swap
@@ -96,6 +96,7 @@ def apply(
                 part.required = i in required
             applied.add(_OnModule(slot))
             applied.follow({i: part for (i, _), part in zip(numbered, slot.parts, strict=True)})
+        applied.join()
     except BaseException:
         applied.undo()
         raise
@@ -181,6 +182,16 @@ class Applied:
     def follow(self, parts: Mapping[int, Part]) -> None:
         """The outcome of that number is what has become of it in the model."""
         self._parts.update(parts)
+
+    def join(self) -> None:
+        """Let norms beside a list of layers have what the last of these makes ahead."""
+        model = self._model()
+        for slot, module in self._slots():
+            part = slot.module_part
+            if model is not None and part is not None and part.site.row.probe == "rows":
+                slot.after = ahead.behind(_module(model, part.site.path.rpartition(".")[0]))
+                if slot.after is not None:
+                    classes.place(slot, module)
 
     # -- what is so ----------------------------------------------------------------------------------------------
 

@@ -427,9 +427,9 @@ def test_the_first_norm_of_a_layer_is_made_with_the_last_sum_of_the_layer_before
     calls = counted_kernels(applied, monkeypatch)
     close(logits(model), plain)
     sums = calls.count("both")
-    assert sums == 3 + 2  # one inside of each layer, one across each border
-    norms = {"llama": 2, "mistral": 2, "qwen2": 2, "qwen3": 2 + 6, "gemma2": 2 + 6, "gemma3_text": 2 + 6 + 6}[kind]
-    assert calls.count("norm") == norms  # the first of all, the last of all, and those inside of the layers
+    assert sums == 3 + 3  # one inside of each layer, one across each border, that to the model's own norm among them
+    norms = {"llama": 1, "mistral": 1, "qwen2": 1, "qwen3": 1 + 6, "gemma2": 1 + 6, "gemma3_text": 1 + 6 + 6}[kind]
+    assert calls.count("norm") == norms  # the first of all, and those inside of the layers
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "gemma3_text"])
@@ -503,7 +503,7 @@ def test_a_norm_that_is_left_alone_is_not_made_ahead(swapper, monkeypatch):
         close(logits(model), plain)
     calls = counted_kernels(applied, monkeypatch)
     close(logits(model), plain)
-    assert calls == ["both", "both", "norm"]
+    assert calls == ["both", "both", "both"]  # of the three, the last is the model's own norm
 
 
 def test_layers_that_change_their_order_are_right_and_a_guess_that_fails_is_given_up(swapper, monkeypatch):
@@ -517,7 +517,74 @@ def test_layers_that_change_their_order_are_right_and_a_guess_that_fails_is_give
     for _ in range(3):
         calls.clear()
         close(logits(model), logits(plain))
-    assert calls.count("both") == 4 + 3
+    assert calls.count("both") == 4 + 4
+
+
+def test_hooks_on_the_norm_after_the_last_layer_see_what_they_saw_and_change_the_model(swapper):
+    model, _, _ = settled(swapper, "qwen3")
+    plain, seen = make("qwen3"), []
+    for one in (model, plain):
+        one.model.norm.register_forward_hook(lambda module, args, out: seen.append((args[0].clone(), out.clone())) or out * 2)
+    close(logits(model), logits(plain))
+    close(seen[0], seen[1])
+    for one in (model, plain):
+        one.model.norm.register_forward_pre_hook(in_place)
+    close(logits(model), logits(plain))
+
+
+def test_the_norm_after_the_last_layer_is_its_own_when_it_is_called_with_something_else(swapper):
+    model, _, _ = settled(swapper, "llama")
+    plain, x = make("llama"), torch.randn(1, 5, 32)
+    with torch.no_grad():
+        close(model.model.norm(x), plain.model.norm(x))
+        close(model.model.norm(hidden_states=x), plain.model.norm(x))
+
+
+def test_the_norm_after_the_last_layer_that_is_replaced_moved_or_left_alone_is_called(swapper, monkeypatch):
+    model, _, _ = settled(swapper, "llama")
+    plain = make("llama")
+    for one in (model, plain):
+        one.model.norm = Doubled(one.model.norm)
+    close(logits(model), logits(plain))
+    model, plain = make("llama"), make("llama")
+    applied = swapper.swap(model, skip="model.norm")
+    for _ in range(3):
+        close(logits(model), logits(plain))
+    calls = counted_kernels(applied, monkeypatch)
+    close(logits(model), logits(plain))
+    assert calls.count("both") == 2 + 1
+    assert calls.count("norm") == 1
+    again = model.double()
+    torch.testing.assert_close(logits(again), logits(plain.double()))
+
+
+def test_modes_that_change_and_copies_keep_the_norm_after_the_last_layer_with_its_layers(swapper, monkeypatch):
+    model, plain, applied = settled(swapper, "llama")
+    close(step(model.train()), step(make("llama")))
+    model.eval()
+    calls = counted_kernels(applied, monkeypatch)
+    close(logits(model), plain)
+    assert calls.count("both") == 2 + 2
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.5)  # which the copy must not notice
+    calls.clear()
+    for _ in range(2):
+        close(logits(twin), plain)
+    assert calls.count("both") >= 2 * (2 + 1)
+    applied.undo()
+    assert classes.ours(type(model.model.norm)) is None
+
+
+def test_compiled_code_does_not_see_what_waits(swapper):
+    model, plain, _ = settled(swapper, "qwen3")
+    torch._dynamo.reset()
+    compiled = torch.compile(model.model.norm, backend="eager", fullgraph=True)
+    x = torch.randn(2, 3, 32)
+    with torch.no_grad():
+        close(compiled(x), make("qwen3").model.norm(x))
+        close(logits(model), plain)
 
 
 def test_what_waits_does_not_outlive_its_sum(swapper, monkeypatch):

@@ -6,17 +6,21 @@ what waits. Which norm comes next is not read off the model: it is the one that 
 that fails costs a launch; one that goes on failing is given up. What waits goes when it is taken, when another sum
 comes, or when the sum goes.
 
+The norm after the last layer is called by a forward that nothing is changed in, the model's. It takes what waits in its own
+forward instead: `taking` stands before its kernel. Which norms may be such is structure (`behind`), and a wrong guess costs a frame.
+
 The kernel is that of the `residual_norm` inside the layer, proved for norms of its class. A norm takes part only while its own
 swap serves it, by a kernel of the same build: who leaves that norm alone, or prefers another kernel for it, is heeded.
 """
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from . import fused
+from . import fused, state
 from .state import MARK
 
 if TYPE_CHECKING:
@@ -63,7 +67,8 @@ class _Waiting:
 def pair(kernel: Function, cls: type[Any]) -> tuple[Function, Function]:
     """What a forward calls for its last sum, `total(layer, residual, hidden)`, and for its first norm, `first(norm, hidden)`.
 
-    `kernel(norm, residual, hidden)` gives norm and sum; it is proved for norms of the class `cls`.
+    `kernel(norm, residual, hidden)` gives norm and sum; it is proved for norms of the class `cls`. `first.take(norm, hidden)` is
+    what waits for this norm, or None.
     """
     lonely, unhooked, served = _lonely(), fused.idle(cls), _served(kernel)
     links = _Links()
@@ -88,19 +93,48 @@ def pair(kernel: Function, cls: type[Any]) -> tuple[Function, Function]:
         last[0] = _Waiting(link, made, normed, norm, gone)
         return made
 
-    def first(norm: nn.Module, hidden: Any) -> Any:
+    def take(norm: nn.Module, hidden: Any) -> Any:
         waiting: Any = last[0]
         if waiting is None or waiting.total() is not hidden or not lonely(hidden, hidden):
-            return norm(hidden)
+            return None
         last[0] = None
         if waiting.of is norm and waiting.version == hidden._version and unhooked(norm, hidden):  # noqa: SLF001  # as above
             waiting.link.misses = 0
             return waiting.normed
         waiting.link.misses += waiting.normed is not None
         waiting.link.norm = weakref.ref(norm)
-        return norm(hidden)
+        return None
 
+    def first(norm: nn.Module, hidden: Any) -> Any:
+        normed = take(norm, hidden)
+        return norm(hidden) if normed is None else normed
+
+    first.take = take  # type: ignore[attr-defined]  # for `taking`
     return total, first
+
+
+def taking(first: Function, served: Function) -> Function:
+    """The forward of a norm that gets what waits for it, and else is `served`. `first` is that of a `pair`."""
+    take, (_, elsewhere) = first.take, fused.asked()  # type: ignore[attr-defined]  # see `pair`
+
+    @functools.wraps(served)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if elsewhere() or len(args) != 1 or kwargs:  # before anything that a tracer would have to follow
+            return served(self, *args, **kwargs)
+        normed = take(self, args[0])
+        return served(self, args[0]) if normed is None else normed
+
+    return forward
+
+
+def behind(parent: nn.Module) -> type[Any] | None:
+    """The class of layers in a list of `parent`, if they are swapped and may go ahead: to a norm that `parent` holds as well."""
+    for child in parent._modules.values():  # noqa: SLF001  # as in `sites`: `named_children` keeps a set of what it has seen
+        layers = tuple(child._modules.values()) if child is not None else ()  # noqa: SLF001  # same
+        slot = state.find(layers[-1]) if layers else None
+        if slot is not None and any(len(p.norms) == 1 for p in slot.function_parts) and fused.goes_ahead(slot.base.forward):
+            return slot.base
+    return None
 
 
 def _lonely() -> Callable[[Any, Any], bool]:

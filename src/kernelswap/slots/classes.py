@@ -69,7 +69,16 @@ def form_for(slot: Slot, *, training: bool) -> Form:
         counting=slot.counting,
         watched=slot.watched,
         ahead=not training and not checking and bool(functions),
+        after=None if training or checking else _after(slot),
     )
+
+
+def _after(slot: Slot) -> type[Any] | None:
+    """The class of ours that the layers before this norm have, once they go ahead. Of several, what was made last."""
+    if slot.after is None or slot.counting:
+        return None
+    made = [cls for cls, _ in list(slot.classes.values()) if form(cls).base is slot.after and forwards.goes_ahead(cls)]
+    return cast("type[Any] | None", made[-1] if made else None)
 
 
 def _trusted(slot: Slot, part: state.Part, service: state.Service) -> bool:
@@ -106,6 +115,7 @@ def class_for_mode(slot: Slot, *, training: bool, unchecked: bool = False) -> ty
         *((p.training if training else p.inference).standing for p in slot.parts),
         *((bool(p.away), p.norms) for p in slot.parts),
         *(_trusted(slot, p, p.training if training else p.inference) for p in slot.parts if slot.compiled),
+        None if training else _after(slot),
     )
     found = slot.classes.get(key)
     if found is None:

@@ -51,6 +51,8 @@ class Form(NamedTuple):
     """Submodules that a kernel reads into."""
     ahead: bool = False
     """The layer's last sum and the next layer's first norm may be one launch (`ahead.py`)."""
+    after: type[Any] | None = None
+    """A norm's: the class of layers, one that goes ahead, whose last sum it may be given."""
 
 
 def make(form: Form) -> Forward | None:
@@ -58,6 +60,8 @@ def make(form: Form) -> Forward | None:
     original: Forward = form.base.forward
     if form.kernel is not None:
         served = guarded(form.kernel, original, counting=form.counting)
+        if form.after is not None:
+            served = _marked(ahead.taking(rebuild.found(form.after.forward, passages.AHEAD_NORM), served))
         return checking(original, served if form.traced else original) if form.checking else served
     if form.functions:
         both = _ahead(form) if form.ahead else {}
@@ -67,6 +71,11 @@ def make(form: Form) -> Forward | None:
         setattr(served, MARK, True)
         return checking(original, served if form.traced else original) if form.checking or form.counting else served
     return _counted(original, original, by_kernel=False) if form.counting else None
+
+
+def goes_ahead(cls: type[Any]) -> bool:
+    """Whether modules of this class of ours make the norm of their last sum as well."""
+    return rebuild.looks_up(cls.forward, passages.AHEAD_NORM) is None
 
 
 def _ahead(form: Form) -> dict[str, Forward]:

@@ -162,7 +162,7 @@ class Slot:
     """One swapped module: what it was, what may serve it, and how its kernels are checked."""
 
     __slots__ = (
-        "base", "classes", "compiled", "conduct", "counting", "every", "leftover", "lock", "parts", "place",
+        "after", "base", "classes", "compiled", "conduct", "counting", "every", "leftover", "lock", "parts", "place",
         "prover", "ref", "watched",
     )  # fmt: skip
 
@@ -185,6 +185,7 @@ class Slot:
         self.classes = classes  # of all that was installed with this; keeps both modes' alive, for compiled code guards on them
         self.ref: weakref.ref[nn.Module] | None = None
         self.watched: frozenset[str] = frozenset()  # submodules that a kernel reads into
+        self.after: type[Any] | None = None  # a norm's: the class of the layers that it may come after; see `ahead`
 
     @property
     def module_part(self) -> Part | None:
@@ -226,7 +227,7 @@ class Slot:
         for mine, theirs in zip(parts, self.parts, strict=True):
             mine.inside = parts[self.parts.index(theirs.inside)] if theirs.inside is not None else None
         twin = Slot(self.base, parts, self.prover, self.conduct, every=self.every, compiled=self.compiled, classes=self.classes)
-        twin.place, twin.watched = self.place, self.watched
+        twin.place, twin.watched, twin.after = self.place, self.watched, self.after
         return twin
 
 
