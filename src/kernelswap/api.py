@@ -49,6 +49,7 @@ from .types import (
     SiteKind,
     Source,
     Swap,
+    Unasked,
     Use,
     Verdict,
     Verifier,
@@ -121,8 +122,8 @@ class Swapper(Provider):
         skip: str | Iterable[str] | None = None,
         prefer: Mapping[str, str | Sequence[str | Use]] | None = None,
         mode: Mode | None = None,
-        loss: bool = False,
-        attention: bool | None = None,
+        loss: bool | Sequence[Row] = False,
+        attention: bool | Unasked | None = None,
         graphs: bool = False,
         hub: bool = False,
         build: Build = "background",
@@ -143,7 +144,7 @@ class Swapper(Provider):
         sites.must_be_module(model)
         over, terms = rows_of(table, {row.layer for row in self.table}), Terms(build, trust, progress, self._meets)
         base = self.table if inherit else tuple(replace(row, use=(), rivals=()) for row in self.table)
-        base += tables.loss() if loss else ()
+        base += tuple(loss) if not isinstance(loss, bool) else tables.loss() if loss else ()
         preferred = preferences(prefer)
         named = {use.spec for row in over for use in row.use} | {use.spec for uses in preferred.values() for use in uses}
         with self._lock:
@@ -195,8 +196,8 @@ class Swapper(Provider):
                 `attention`: a Transformers model computes attention with the kernel that comes with the package, in place of
                 `sdpa`. `graphs`: its decode steps on a static cache are captured once for each batch size in CUDA graphs and
                 replayed inside `generate()`; with it comes `attention`, unless that is False.
-                `loss`: in training, logits are computed when something reads them, which cross entropy does not; read them
-                before `optimizer.step()`, later they raise. `hub`: kernels of the table that are on the hub may be fetched;
+                `loss`: in training, logits are computed when something reads them, which cross entropy does not; where something
+                other than an optimiser's step has written to the weights since, they raise. `hub`: kernels of the table that are on the hub may be fetched;
                 those that you name yourself always may. `build`: bundled kernels that are not compiled yet are compiled in
                 the `background` (the original serves meanwhile), or you `wait`, or `never`. `trust`: publishers that you
                 vouch for. `choose`: of several kernels that may serve, the `table`'s first, or the fastest for each size of

@@ -19,6 +19,7 @@ A row, with everything that it may say:
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -78,6 +79,13 @@ def loss() -> tuple[Row, ...]:
     return _shipped("loss.toml")
 
 
+def wins() -> tuple[Row, ...]:
+    """What serves besides the default table where a program asks for kernels and not for these: attention, and the loss."""
+    found = _shipped("wins.toml")
+    return tuple(merge(loss(), (row,))[0] if any(row.layer == known.layer for known in loss()) else row for row in found)
+
+
+@functools.cache
 def _shipped(name: str) -> tuple[Row, ...]:
     return parse((resources.files("kernelswap") / "tables" / name).read_text(encoding="utf-8"), where=name)
 

@@ -418,6 +418,16 @@ Outcome = Swap | Kept
 
 
 @dataclass(frozen=True, slots=True)
+class Unasked:
+    """Where a model's attention is swapped though nobody asked for that by name."""
+
+    keeps: Callable[[Any, str], str | None]
+    """`keeps(config, device)`: why that configuration of the model keeps what it has, or `None`."""
+    trains: bool
+    """Whether it serves modules in training."""
+
+
+@dataclass(frozen=True, slots=True)
 class Verdict:
     """The outcome of a check or a measurement, and what it holds for."""
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from .errors import KernelSwapError, Tampered
 from .slots import attention
-from .types import Implementation, Outcome, Swap
+from .types import Implementation, Outcome, Swap, Unasked
 
 if TYPE_CHECKING:
     import torch.nn as nn
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class Wanted:
     """What the caller asks for."""
 
-    attention: bool | None = None
+    attention: bool | Unasked | None = None
     """`None`: with graphs, where those are captured."""
     graphs: bool = False
     replacing: bool = False
@@ -70,5 +70,6 @@ def outcomes(
         found.append(site.outcome(model, differs, append=append, taken=taken, replacing=wanted.replacing, off=off))
         with_attention = isinstance(found[0], Swap) if with_attention is None else with_attention
     if with_attention:
-        found += attention.outcomes(model, kernel, replacing=wanted.replacing)
+        unasked = with_attention if isinstance(with_attention, Unasked) else None
+        found += attention.outcomes(model, kernel, replacing=wanted.replacing, unasked=unasked)
     return tuple(found)

@@ -271,18 +271,55 @@ def test_a_loss_and_a_term_that_reads_the_logits_add_up(kernel):
     assert max(map(relative, *both)) < 1e-5
 
 
-@pytest.mark.parametrize("read", [True, False])
-def test_logits_read_after_the_step_are_those_from_before_or_an_error(kernel, read):
+@pytest.mark.parametrize("when", ["before", "after", "after two", "a cast of them", "a loss of them"])
+def test_logits_read_after_an_optimisers_step_are_those_from_before_it(kernel, when):
     z, plain, layer, _ = lazy(kernel)
     ForCausalLMLoss(z, LABELS, V).backward()
-    if read:
+    cast = z.float() if when == "a cast of them" else z
+    if when == "before":
         assert torch.equal(z.argmax(-1), plain.argmax(-1))
+    optimizer = torch.optim.AdamW(layer.parameters(), 0.1)
+    for _ in range(2 if when == "after two" else 1):
+        optimizer.step()
+    if when == "a loss of them":
+        assert relative(ForCausalLMLoss(z, LABELS, V), ForCausalLMLoss(plain, LABELS, V)) < 1e-6
+    assert torch.equal(cast, plain)
+    assert not torch.equal(layer(lazy(kernel)[3]), plain)
+
+
+def test_logits_that_nobody_holds_cost_a_step_nothing(kernel, monkeypatch):
+    lazies = sys.modules[kernel.LazyLogits.__module__]
+    z, _, layer, _ = lazy(kernel)
+    ForCausalLMLoss(z, LABELS, V).backward()
+    copied = []
+    monkeypatch.setattr(torch.Tensor, "clone", lambda t, **_: copied.append(t) or t.detach() + 0)
     torch.optim.SGD(layer.parameters(), 0.1).step()
-    if read:
-        assert torch.equal(z, plain)
-    else:
-        with pytest.raises(RuntimeError, match=r"before optimizer\.step"):
-            z.argmax(-1)
+    assert len(copied) == 2  # weight and bias, once for all that come from them
+    del z
+    torch.optim.SGD(layer.parameters(), 0.1).step()
+    assert len(copied) == 2
+    assert not lazies._living
+
+
+@pytest.mark.parametrize("read", [lambda z: z.argmax(-1), lambda z: ForCausalLMLoss(z, LABELS, V)])
+def test_logits_read_after_anything_else_wrote_to_the_weight_are_an_error(kernel, read):
+    z, _, layer, _ = lazy(kernel)
+    ForCausalLMLoss(z, LABELS, V).backward()
+    with torch.no_grad():
+        layer.weight.mul_(2)
+    torch.optim.SGD(layer.parameters(), 0.1).step()
+    with pytest.raises(RuntimeError, match=r"Read them before that, or let .* KernelConfig\("):
+        read(z)
+
+
+def test_the_gradient_at_logits_is_had_where_it_is_asked_for_before_the_loss(kernel):
+    found = []
+    for t in lazy(kernel)[:2]:
+        t.retain_grad()
+        t.register_hook(lambda grad: None)
+        ForCausalLMLoss(t, LABELS, V).backward()
+        found.append(t.grad)
+    assert relative(*found) < 1e-6
 
 
 def test_the_gradient_at_logits_that_were_never_made_is_refused(kernel):

@@ -20,7 +20,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..types import Choice, Implementation, Kept, Outcome, Prover, Row, Run, Site, Swap, Use, Verdict
+from ..types import Choice, Implementation, Kept, Outcome, Prover, Row, Run, Site, Swap, Unasked, Use, Verdict
 from . import attention_masks, batching, check, forwards
 from .state import Part, Service, Standing
 
@@ -38,6 +38,7 @@ SMALL = 1 << 22
 ROWS = 512  # of such a part
 
 Function = Callable[..., Any]
+Provide = Callable[[str, str], "Implementation | str"]
 
 
 class Setting(str):
@@ -55,23 +56,22 @@ class Setting(str):
         return str, (str(self.original),)
 
 
-def outcomes(model: nn.Module, provide: Callable[[str, str], Implementation | str], *, replacing: bool = False) -> list[Outcome]:
+def outcomes(model: nn.Module, provide: Provide, *, replacing: bool = False, unasked: Unasked | None = None) -> list[Outcome]:
     """One for each configuration of `model` that says what computes attention, or one that says why there is none.
 
     Args:
         model: any module; it is not touched.
         provide: `provide(spec, device)`: the kernel, or why not.
         replacing: a swap of ours on it is going to be undone first.
+        unasked: where it serves; `None`: it was asked for by name, so wherever it can.
     """
-    found = list(_settings(model))
+    found = list(settings(model))
     if not found:
         return [Kept(_site(model, "", model), "it is no model of Transformers, whose setting says what computes attention")]
-    return [_outcome(model, path, part, provide, replacing=replacing) for path, part in found]
+    return [_outcome(model, path, part, provide, unasked, replacing=replacing) for path, part in found]
 
 
-def _outcome(
-    model: nn.Module, path: str, part: Any, provide: Callable[[str, str], Implementation | str], *, replacing: bool
-) -> Outcome:
+def _outcome(model: nn.Module, path: str, part: Any, provide: Provide, unasked: Unasked | None, *, replacing: bool) -> Outcome:
     setting = getattr(part.config, _SETTING)
     if isinstance(setting, Setting) and replacing:
         setting = setting.original
@@ -86,17 +86,19 @@ def _outcome(
         (_asks_by_name(part), f"its code asks whether the setting is {setting!r}, which another name would not answer"),
         (not part._can_set_attn_implementation(), "its attention is written out in the model, not looked up by name"),  # noqa: SLF001  # as Transformers asks
     )
-    if (why := next((why for so, why in reasons if so), None)) is not None:
+    why = next((why for so, why in reasons if so), None) or (unasked.keeps(part.config, site.device) if unasked else None)
+    if why is not None:
         return Kept(site, why)
     kernel = provide(SPEC, site.device)
     if isinstance(kernel, str):
         return Kept(site, f"{SPEC}: {kernel}", ((SPEC, kernel),))
     kernel = dataclasses.replace(kernel, compiles=True)  # it goes by torch's operators there, which its tests cover
     choice = Choice(kernel, verdict=Verdict(accepted=True, reason="to be proved on its first real calls"))
-    return Swap(site, choice, choice)
+    idle = Choice(None, ((SPEC, "is for training where it is asked for by name"),))
+    return Swap(site, choice, choice if unasked is None or unasked.trains else idle)
 
 
-def _settings(model: nn.Module) -> Iterator[tuple[str, Any]]:
+def settings(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Every part of `model` with a configuration of its own, by path."""
     seen: set[int] = set()
     for path, module in model.named_modules():
@@ -186,7 +188,7 @@ def install(model: nn.Module, swap: Swap, prover: Prover, *, every: int | None =
 
 def release(model: nn.Module) -> None:
     """Give every setting of `model` back, whoever switched it; for copies, which no handle knows."""
-    for _, part in _settings(model):
+    for _, part in settings(model):
         setting = getattr(part.config, _SETTING)
         if isinstance(setting, Setting):
             setting.over = True
@@ -207,7 +209,7 @@ def _asides(model: Any) -> list[batching.Step]:
 
         return aside
 
-    found = ((part.config, getattr(part.config, _SETTING)) for _, part in _settings(model))
+    found = ((part.config, getattr(part.config, _SETTING)) for _, part in settings(model))
     return [of(config, setting) for config, setting in found if isinstance(setting, Setting)]
 
 
@@ -275,10 +277,11 @@ class _Meeting:
             module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **kwargs: Any
         ) -> Any:
             service = part.training if module.training else part.inference
+            idle = service.choice.implementation is None or service.standing == "refused"
             if tracing():
-                trusted = service.standing == "accepted" or self.compiled
+                trusted = not idle and (service.standing == "accepted" or self.compiled)
                 return (kernel if trusted else original)(module, query, key, value, attention_mask, *args, **kwargs)
-            if service.standing == "refused" or kwargs.get("cache") is not None:
+            if idle or kwargs.get("cache") is not None:
                 if self.counting:
                     part.count(by_kernel=False)
                 return original(module, query, key, value, _written_out(attention_mask, key), *args, **kwargs)

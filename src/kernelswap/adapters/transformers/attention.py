@@ -27,9 +27,10 @@ from typing import TYPE_CHECKING, Any
 
 from ... import spec
 from ...errors import KernelSwapError, Refused, SpecError, Tampered, UnknownKernel
+from ...slots import attention as slot
 from ...slots import attention_masks as masks
 from ...types import Requirement
-from . import attention_pages
+from . import attention_pages, choices
 from .arrival import Arrivals
 from .attention_flash import Flash, Functions
 from .patches import Patches
@@ -83,6 +84,7 @@ class Attention:
     passed: set[str] = field(default_factory=set)
     """Standard names that the program itself passed."""
     lock: Any = field(default_factory=threading.RLock)
+    choices: choices.Choices = field(default_factory=choices.Choices)
 
     def __post_init__(self) -> None:
         seams = {MODELING: self._modeling, FLASH_UTILS: self._flash_utils, **dict.fromkeys(BATCHING, self._batching)}
@@ -171,6 +173,7 @@ class Attention:
     def _setter(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def set_attn_implementation(model: Any, attn_implementation: Any, *args: Any, **kwargs: Any) -> Any:
+            self.choices.chose(part.config for _, part in slot.settings(model))
             trust = bool(kwargs.get("allow_all_kernels", args[0] if args else False))
             wanted = self.prepare(attn_implementation, trust=trust)
             if isinstance(wanted, dict):  # Transformers has no word for "as it is" but silence
@@ -183,6 +186,10 @@ class Attention:
         @functools.wraps(original)
         def check(model: Any, attn_implementation: Any, *args: Any, **kwargs: Any) -> Any:
             key = attn_implementation
+            if key is None and model.config._attn_implementation is None:  # noqa: SLF001  # its only name
+                self.choices.resolved(model.config)
+            if isinstance(key, slot.Setting) and not key.over:
+                return key  # of a model that is swapped: what it is registered under serves this one as well
             if isinstance(key, str) and key != "paged|eager":
                 key = key.removeprefix("paged|")
             if isinstance(key, str) and key in self.passed and (kernel := self._instead(model, key)) is not None:
@@ -306,6 +313,14 @@ def prepare(attn_implementation: Any, *, trust: bool = False) -> Any:
         UnusableKernel: there is no such function, or no attention in that kernel.
     """
     return _open[-1].prepare(attn_implementation, trust=trust) if _open else attn_implementation
+
+
+def chosen(config: Any) -> str | None:
+    """Why what a configuration says is the program's own choice, or may be; `None`: Transformers took its default."""
+    if _open and _open[-1].choices.by_default(config):
+        return None
+    what = "the program chose it, or made the model before kernelswap was there to see"
+    return f"{what}; attn_implementation='kernelswap/attention' asks for a kernel"
 
 
 def names_a_kernel(text: Any) -> bool:

@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from ...errors import KernelSwapError, Tampered
-from . import attention
+from . import attention, choices
 from .arrival import Arrivals
 from .config import KernelConfig
 from .patches import Patches
@@ -106,6 +106,7 @@ class Seams:
             config = KernelConfig.of(config) if config is not None else None
             use = bool(kwargs.get("use_kernels")) or config is not None
             trust = bool(kwargs.get("allow_all_kernels"))
+            said = kwargs.get("attn_implementation")
             self._prepare(kwargs, trust=trust)
             before: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
             if fresh:
@@ -114,7 +115,7 @@ class Seams:
                     before = _vouched()
             was = _loading.set(True)
             try:
-                with before:
+                with before, choices.asked(said):
                     loaded = original(cls, *args, **kwargs)
             finally:
                 _loading.reset(was)
@@ -138,8 +139,10 @@ class Seams:
     def _auto_loader(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def load(cls: Any, *args: Any, **kwargs: Any) -> Any:
+            said = kwargs.get("attn_implementation")
             self._prepare(kwargs, trust=bool(kwargs.get("allow_all_kernels")))
-            return original(cls, *args, **kwargs)
+            with choices.asked(said):
+                return original(cls, *args, **kwargs)
 
         return load
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from ...provider import Terms
 from ...slots import module as module_slot
 from ...sources.environment import Environment
 from ...types import Kept, Mode, Outcome, Swap, Use
-from . import layouts
+from . import attention, choices, layouts, unasked
 from . import wanted as wanting
 from .config import KernelConfig
 from .mapping import mode_of
@@ -125,23 +126,27 @@ class Switch:
     def _swap(self, model: nn.Module, state: State, former: State) -> None:
         if next(layouts.layouts(model), None) is not None:  # what a config names is what the model was
             self._back(model)
+        inherit = state.config is None or state.config.inherit_mapping
+        loss = unasked.loss_rows() if inherit and self.swapper.table == table.default() else ()
         wanted = wanting.want(
-            model, state.config, self.swapper.table, has_layer=self._has_layer(state), layout_of=self._layout_of(state)
+            model, state.config, (*self.swapper.table, *loss), has_layer=self._has_layer(state), layout_of=self._layout_of(state)
         )
         self._fuse(model, wanted)
-        applied = self.swapper.swap(
-            model,
-            table=wanted.rows,
-            inherit=state.config is None or state.config.inherit_mapping,
-            prefer=wanted.prefer,
-            skip=wanted.skip,
-            mode=state.mode,
-            hub=True,
-            build=self.build,
-            trust=True if state.trust else wanted.trust,
-            progress=self._progress,
-        )
-        self._restore_attention(former)
+        with self._without_attention(former):
+            applied = self.swapper.swap(
+                model,
+                table=wanted.rows,
+                inherit=inherit,
+                loss=() if unasked.the_loss_is_named(wanted) else loss,
+                attention=bool(loss) and unasked.attention(model, wanted, self.swapper.machine, attention.chosen),
+                prefer=wanted.prefer,
+                skip=wanted.skip,
+                mode=state.mode,
+                hub=True,
+                build=self.build,
+                trust=True if state.trust else wanted.trust,
+                progress=self._progress,
+            )
         self._states[model] = state
         self._attention(model, wanted, state)
         for line in (*wanted.notes, *lines(applied.outcomes, wanted.named)):
@@ -204,7 +209,8 @@ class Switch:
         for name, uses in wanted.attention:
             before, text = model.config._attn_implementation, wanting.attention_spec(uses[0])  # noqa: SLF001  # its only name
             try:
-                model.set_attn_implementation(text, allow_all_kernels=state.trust or bool(wanted.trust))
+                with choices.ours():
+                    model.set_attn_implementation(text, allow_all_kernels=state.trust or bool(wanted.trust))
             except (Refused, Tampered):
                 raise
             except (KernelSwapError, ImportError, ValueError, OSError) as e:
@@ -213,11 +219,30 @@ class Switch:
             else:
                 state.attention.append((weakref.ref(model), before))
 
-    def _restore_attention(self, state: State) -> None:
+    @staticmethod
+    def _restore_attention(state: State) -> list[tuple[Any, str, str]]:
+        """What was switched: the model, what it had before, and what it had until now."""
+        gone = []
         while state.attention:
             ref, before = state.attention.pop()
             if (model := ref()) is not None:
-                model.set_attn_implementation(before)
+                gone.append((model, before, model.config._attn_implementation))  # noqa: SLF001  # its only name
+                with choices.ours():
+                    model.set_attn_implementation(before)
+        return gone
+
+    @contextlib.contextmanager
+    def _without_attention(self, state: State) -> Iterator[None]:
+        """The attention of `state` is taken back, for good unless what follows fails."""
+        gone = self._restore_attention(state)
+        try:
+            yield
+        except BaseException:
+            for model, before, text in reversed(gone):
+                with choices.ours():
+                    model.set_attn_implementation(text)
+                state.attention.append((weakref.ref(model), before))
+            raise
 
     def _layout_of(self, state: State) -> wanting.LayoutOf:
         trust: Any = state.trust or [name for entry in state.config.entries() for name in entry.trust] if state.config else False

@@ -67,6 +67,8 @@ class Wanted:
     trust: list[str] = field(default_factory=list)
     attention: list[tuple[str, tuple[Use, ...]]] = field(default_factory=list)
     """Classes of attention modules, and the kernels that were named for them."""
+    alone: list[tuple[str, tuple[str, ...]]] = field(default_factory=list)
+    """Names that are to be left alone, on these devices or everywhere."""
     fused: list[Fuse] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     """Lines for the user: names that mean nothing in this model."""
@@ -96,10 +98,14 @@ def want(
     for entry in config.entries():
         uses = tuple(replace(use, spec=_at_known_version(use.spec, table)) for use in entry.uses)
         wanted.trust += entry.trust
+        wanted.alone += [(name, entry.off_on) for name in entry.names if entry.off or entry.off_on]
         if entry.fused:
             problems += _several(replace(entry, uses=uses), model, wanted, layout_of)
             continue
         for name in entry.names:
+            if name == "attention":  # what the model says computes it, and no layer
+                wanted.attention += [(name, uses)] if uses else []
+                continue
             if _single(name, uses, names, wanted, layout_of):
                 continue
             problem = _one(name, replace(entry, uses=uses), names, wanted, has_layer)

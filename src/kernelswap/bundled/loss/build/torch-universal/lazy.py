@@ -5,13 +5,17 @@ slices of rows, a scale and a soft cap (`cap * tanh(z / cap)`) give another one;
 once, and goes on with a plain tensor of the values and the history that the layer itself would have given. So does code below
 Python: operators dispatch to `__torch_dispatch__`, and the history is a node of autograd's like any other.
 
-What cannot be had from it raises instead of being wrong: logits first read after the optimiser changed the weight, and the
+An optimiser's step changes the weight that unread logits come from: for those that somebody still holds, the weight is
+copied before it (torch's hook for all optimisers), which costs a copy of the weight and not the logits.
+
+What cannot be had from it raises instead of being wrong: logits first read after something else wrote to the weight, and the
 gradient at the logits of a loss that never made them (`retain_grad`, `register_hook`).
 """
 
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812  # torch's own spelling
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
@@ -66,6 +71,12 @@ class _Source:
     how: Callable[[Tensor], Tensor] | None = None
     """These logits from the parent's."""
     dense: Tensor | None = None
+    spent: bool = False
+    """A loss was computed from them that never made them."""
+
+    def written(self) -> bool:
+        """Whether the weight, or the layer's input, is not what it was."""
+        return self.versions != tuple(t._version for t in self.held()) or not self.weight.untyped_storage().nbytes()
 
     def held(self) -> tuple[Tensor, ...]:
         return (self.x, self.weight) if self.bias is None else (self.x, self.weight, self.bias)
@@ -87,10 +98,10 @@ class LazyLogits(Tensor):
             if source.parent is not None and source.how is not None:
                 source.dense = source.how(source.parent.dense())
             else:
-                if source.versions != tuple(t._version for t in source.held()) or not source.weight.untyped_storage().nbytes():
+                if source.written():
                     raise RuntimeError(
                         "these logits were not computed, because nothing read them, and the weights they come from have changed "
-                        "since. Read them before optimizer.step(), or swap this model without loss=True"
+                        f"since. Read them before that, or {_WITHOUT}"
                     )
                 with torch.enable_grad(), torch.autocast(source.x.device.type, enabled=False):
                     source.dense = F.linear(source.x, source.weight, source.bias)
@@ -105,20 +116,24 @@ class LazyLogits(Tensor):
             source = None if source.parent is None else source.parent._source
         return False
 
+    def may_wait(self) -> bool:
+        """Whether nobody has read them, and they can still be computed."""
+        return not self.known() and not self._source.written()
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if (lazy := _LAZY.get(func)) is not None and isinstance(args[0] if args else None, LazyLogits) and not args[0].known():
+        if (lazy := _LAZY.get(func)) is not None and isinstance(args[0] if args else None, LazyLogits) and args[0].may_wait():
             found = lazy(*args, **kwargs)
             if found is not None:
                 return found
-        if func in _AT_THE_LOGITS and not args[0].known():
+        if func in _AT_THE_LOGITS and args[0]._source.spent and not args[0].known():
             raise RuntimeError(
-                f"{getattr(func, '__name__', 'this')} asks for the gradient at the logits, which a loss computed from them would "
-                "not give: it never makes them. Swap this model without loss=True"
+                f"{getattr(func, '__name__', 'this')} asks for the gradient at the logits, which the loss that was computed from "
+                f"them does not give: it never made them. Ask before the loss is computed, or {_WITHOUT}"
             )
         args, kwargs = pytree.tree_map(_dense, (args, kwargs))
         return func(*args, **kwargs)
@@ -127,6 +142,9 @@ class LazyLogits(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args, kwargs = pytree.tree_map(lambda t: t.dense().detach() if isinstance(t, LazyLogits) else t, (args, kwargs or {}))
         return func(*args, **kwargs)
+
+
+_WITHOUT = "let this model's head be: swap(model, loss=False), KernelConfig({'LMHead': ''})"
 
 
 def _dense(value: Any) -> Any:
@@ -168,7 +186,45 @@ def _made(
         out: LazyLogits = _Head.apply(x, weight, bias, dtype, terms)
     held = (x, weight) if bias is None else (x, weight, bias)
     out._source = _Source(x, weight, bias, tuple(t._version for t in held), terms, parent, how)
+    _remember(out)
     return out
+
+
+# -- before the weight changes --------------------------------------------------------------------------------------
+
+_living: dict[int, weakref.ref[LazyLogits]] = {}
+"""Unread or not, by identity: tensors compare by element."""
+_hook: list[Any] = []
+"""Stays once it is there: with nothing living it does nothing, and to take it out while hooks are being called is an error."""
+
+
+def _remember(z: LazyLogits) -> None:
+    key = id(z)
+    _living[key] = weakref.ref(z, lambda gone: _forget(key, gone))
+    if not _hook:
+        _hook.append(register_optimizer_step_pre_hook(_keep_weights))
+
+
+def _forget(key: int, gone: Any) -> None:
+    if _living.get(key) is gone:
+        del _living[key]
+
+
+def _keep_weights(*_: Any) -> None:
+    """Before any optimiser's step: unread logits that somebody holds get copies of what they come from."""
+    if torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+        return
+    copies: dict[int, Tensor] = {}
+    for z in [z for ref in list(_living.values()) if (z := ref()) is not None and not z.known()]:
+        source = z._source
+        if source.written():
+            continue
+        for name, held in (("weight", source.weight), ("bias", source.bias)):
+            if held is not None and held.is_leaf:
+                if id(held) not in copies:
+                    copies[id(held)] = held.detach().clone()
+                setattr(source, name, copies[id(held)])
+        source.versions = tuple(t._version for t in source.held())
 
 
 # -- what stays lazy ------------------------------------------------------------------------------------------------
@@ -196,8 +252,9 @@ def _float(z: LazyLogits) -> LazyLogits | None:
 
 
 def _to(z: LazyLogits, *args: Any, **kwargs: Any) -> LazyLogits | None:
-    asked = (*args, *kwargs.values())
-    if len(asked) != 1 or set(kwargs) - {"dtype", "device"}:
+    waits = {"non_blocking", "copy"}  # which of them asks for nothing where the logits are already
+    asked = (*args, *(value for name, value in kwargs.items() if name not in waits))
+    if len(asked) != 1 or set(kwargs) - {"dtype", "device", *waits} or kwargs.get("copy"):
         return None
     if isinstance(asked[0], torch.dtype):
         return _cast(z, asked[0])
@@ -282,6 +339,9 @@ def _cross_entropy(  # noqa: PLR0913  # torch's own parameters
         or not torch.is_grad_enabled()
     ):
         return None
+    z: LazyLogits | None = input
+    while z is not None:
+        z._source.spent, z = True, z._source.parent
     kind = s.x.device.type
     dtype = torch.float32 if torch.is_autocast_enabled(kind) else input.dtype  # a loss of narrow logits is as narrow
     terms = s.terms._replace(ignore=ignore_index, smoothing=label_smoothing)
