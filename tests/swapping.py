@@ -142,7 +142,7 @@ class Near:
 
     def first_call(self, site, module, original, candidate, run, args, kwargs, *, anew=False):
         self.calls += 1
-        given = args if site.kind == "function" else (module, *args)
+        given = (module, *args) if site.kind == "module" else args
         return candidate.forward(*given, **kwargs), Verdict(True, "is close")
 
 

@@ -5,10 +5,12 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
+from tests.ecosystem.models import IDS, make
 from tests.slots.parts import MLP, READING, Model, Prover, RMSNorm, everywhere, kernel, rms_norm_kernel, swap
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
+from kernelswap.api import Swapper
 from kernelswap.apply import apply
 from kernelswap.errors import UndoConflict
 from kernelswap.slots import module as slots
@@ -95,3 +97,24 @@ def test_a_kernel_that_reads_a_parameter_which_a_shard_of_its_own_brings_decline
     mlp = MLP()
     fully_shard(mlp.gate_proj, mesh=init_device_mesh("cpu", (1,)))
     assert "has forward hooks" in slots.obstacle(mlp, READING)
+
+
+@pytest.mark.parametrize("reshard", [None, True])
+@pytest.mark.parametrize("order", ["swap, shard", "shard, swap"])
+def test_the_head_of_a_sharded_language_model_gives_logits_at_once(tmp_path, order, reshard):
+    """FSDP takes the weight away after the forward, and hangs hooks on what comes out of it."""
+    model, plain = make("llama").train(), make("llama").train()
+    swapper = Swapper(cache=tmp_path, offline=True)
+    for what in order.split(", "):
+        if what == "swap":
+            swapper.swap(model, loss=True, only="LMHead", require="LMHead", build="never")
+            continue
+        mesh = init_device_mesh("cpu", (1,))
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh, **({} if reshard is None else {"reshard_after_forward": reshard}))
+    out, want = (m(input_ids=IDS, labels=IDS) for m in (model, plain))
+    for one in (out, want):
+        one.loss.backward()
+    assert torch.equal(out.logits, want.logits)
+    assert torch.allclose(model.lm_head.weight.grad.full_tensor(), plain.lm_head.weight.grad)

@@ -93,6 +93,19 @@ def test_hooks_on_the_head_see_logits(swapper):
     torch.testing.assert_close(seen[-1], seen[0])
 
 
+def test_a_backward_hook_on_the_head_is_given_the_gradients_that_it_would_be(swapper):
+    seen = []
+    model = make("qwen3").train()
+    model.lm_head.register_full_backward_hook(lambda module, given, made: seen.append((given, made)))
+    _, gradients = step(model)
+    swapper.swap(model, loss=True, only="LMHead", build="never")
+    for _ in range(2):
+        close(step(model)[1], gradients)
+    for found in seen[1:]:
+        for mine, theirs in zip([*found[0], *found[1]], [*seen[0][0], *seen[0][1]], strict=True):
+            torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-4)
+
+
 def test_lora_keeps_its_adapters_whether_the_head_is_adapted_or_not(swapper):
     for targets, swapped in ((["q_proj"], True), (["q_proj", "lm_head"], False)):
         torch.manual_seed(2)

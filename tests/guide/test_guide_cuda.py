@@ -55,6 +55,32 @@ def test_mode_awareness_and_the_modes_of_kernelize(installed, tmp_path):
     assert origins(installed, model)["model.norm"] == "layers:RMSNorm"
 
 
+def test_attention_and_the_loss_serve_by_themselves_and_not_where_the_program_chose(installed, tmp_path):
+    model = run(find("Loading kernels"), tmp_path)["model"]
+    plain = world.plain().cuda()
+    assert model.config._attn_implementation.startswith("kernelswap/attention"), installed.explain(model)
+    more = {"max_new_tokens": 8, "do_sample": False}
+    for cache in (None, "static"):
+        found, wanted = (m.generate(IDS.cuda(), cache_implementation=cache, **more) for m in (model, plain))
+        assert torch.equal(found, wanted)
+    late = []
+    for one in (model, plain):
+        optimizer = torch.optim.SGD(one.train().parameters(), 0.0)
+        out = one(IDS.cuda(), labels=IDS.cuda())
+        assert (type(out.logits) is torch.Tensor) == (one is plain)
+        out.loss.backward()
+        optimizer.step()
+        late.append(out.logits.detach().clone())
+    torch.testing.assert_close(*late, atol=1e-4, rtol=1e-3)
+    for (name, mine), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, atol=1e-4, rtol=1e-3, msg=lambda m, name=name: f"{name}: {m}")
+    assert installed.applied(model).refusals == (), installed.explain(model)
+    model.use_kernels = False
+    assert model.config._attn_implementation == "sdpa"
+    chosen = find("Loading kernels").replace("use_kernels=True", 'use_kernels=True, attn_implementation="sdpa"')
+    assert run(chosen, tmp_path)["model"].config._attn_implementation == "sdpa"
+
+
 def test_attention_that_comes_with_kernelswap(installed, tmp_path):
     code = find("Attention kernels").replace("kernels-community/flash-attn2", "kernelswap/attention")
     model = run(code, tmp_path)["model"]

@@ -208,18 +208,8 @@ def _one(  # noqa: PLR0911  # one return for each thing that a name can mean
         kind, targets = names.decorated[name]
         wanted.rows.append(Row(name, kind=kind, targets=targets, use=entry.uses, off=entry.off))
         return None
-    if (paths := names.classes.get(name)) is not None:
-        here = [site for site in names.sites if site.path in set(paths)]
-        of_class = [site for site in here if site.kind == "module"]
-        if entry.off:
-            wanted.skip += _paths(here)
-        elif "Attention" in name and not of_class and not any(has_layer(use.spec) for use in entry.uses):
-            wanted.attention.append((name, entry.uses))
-        elif of_class:
-            wanted.prefer.update(dict.fromkeys(_paths(of_class), entry.uses))
-        else:
-            wanted.rows.append(Row(name, targets=(name,), use=entry.uses))
-        _skip_on(entry, here, wanted)
+    if name in names.classes:
+        _class(name, entry, names, wanted, has_layer)
         return None
     if here := [site for site in names.sites if sites.named_by(name, site)]:
         if entry.off:
@@ -236,6 +226,21 @@ def _one(  # noqa: PLR0911  # one return for each thing that a name can mean
         wanted.notes.append(f"{name}: this model has none" + (f" (it has {', '.join(near)})" if near else ""))
         return None
     return _unknown(name, names)
+
+
+def _class(name: str, entry: Entry, names: _Names, wanted: Wanted, has_layer: Callable[[str], bool]) -> None:
+    paths = set(names.classes[name])
+    here = [site for site in names.sites if site.path in paths]
+    of_class = [site for site in here if site.kind == "module"]
+    if entry.off:
+        wanted.skip += _paths(here)
+    elif entry.uses and "Attention" in name and not of_class and not any(has_layer(use.spec) for use in entry.uses):
+        wanted.attention.append((name, entry.uses))
+    elif of_class:
+        wanted.prefer.update(dict.fromkeys(_paths(of_class), entry.uses))
+    elif entry.uses:  # none: it speaks only of devices on which to leave it alone
+        wanted.rows.append(Row(name, targets=(name,), use=entry.uses))
+    _skip_on(entry, here, wanted)
 
 
 def _unknown(name: str, names: _Names) -> str:

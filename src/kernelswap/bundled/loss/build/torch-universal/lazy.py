@@ -15,6 +15,7 @@ gradient at the logits of a loss that never made them (`retain_grad`, `register_
 from __future__ import annotations
 
 import math
+import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -44,7 +45,17 @@ def plain(module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> 
         and not (torch.compiler.is_compiling() or torch.jit.is_tracing() or _transformed())
         and _get_current_dispatch_mode() is None
         and not getattr(module, "_is_replica", False)
-        and not any("FSDP" in c.__name__ for c in type(module).__mro__)
+        and not _sharded(module, weight)
+    )
+
+
+def _sharded(module: nn.Module, weight: Tensor) -> bool:
+    """Whether the weight is whole for the length of a call only: under FSDP, of the module or of what it is in, or ZeRO."""
+    if hasattr(weight, "ds_id") or any("FSDP" in c.__name__ for c in type(module).__mro__):
+        return True
+    states = getattr(sys.modules.get("torch.distributed._composable_state"), "_module_state_mapping", None) or {}
+    return any(
+        type(outer).__name__.startswith("FSDP") and any(inner is module for inner in outer.modules()) for outer in list(states)
     )
 
 
@@ -365,6 +376,7 @@ _AT_THE_LOGITS = {Tensor.retain_grad, Tensor.register_hook, Tensor.grad.__get__}
 _GETTERS = (
     "shape", "dtype", "device", "requires_grad", "ndim", "layout", "grad_fn", "is_leaf", "is_cuda", "is_cpu", "is_meta", "is_sparse",
     "is_quantized", "is_nested", "is_mps", "is_xpu", "is_mkldnn", "names", "output_nr", "retains_grad", "itemsize",
+    "_base",
 )  # fmt: skip
 _METADATA = {getattr(Tensor, name).__get__ for name in _GETTERS if hasattr(Tensor, name)} | {
     Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.stride, Tensor.storage_offset,
