@@ -30,7 +30,7 @@ from ...errors import KernelSwapError, Refused, SpecError, Tampered, UnknownKern
 from ...slots import attention as slot
 from ...slots import attention_masks as masks
 from ...types import Requirement
-from . import attention_pages, choices
+from . import attention_pages
 from .arrival import Arrivals
 from .attention_flash import Flash, Functions
 from .patches import Patches
@@ -84,7 +84,6 @@ class Attention:
     passed: set[str] = field(default_factory=set)
     """Standard names that the program itself passed."""
     lock: Any = field(default_factory=threading.RLock)
-    choices: choices.Choices = field(default_factory=choices.Choices)
 
     def __post_init__(self) -> None:
         seams = {MODELING: self._modeling, FLASH_UTILS: self._flash_utils, **dict.fromkeys(BATCHING, self._batching)}
@@ -173,7 +172,7 @@ class Attention:
     def _setter(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def set_attn_implementation(model: Any, attn_implementation: Any, *args: Any, **kwargs: Any) -> Any:
-            self.choices.chose(part.config for _, part in slot.settings(model))
+            self.switch.choices.chose(part.config for _, part in slot.settings(model))
             trust = bool(kwargs.get("allow_all_kernels", args[0] if args else False))
             wanted = self.prepare(attn_implementation, trust=trust)
             if isinstance(wanted, dict):  # Transformers has no word for "as it is" but silence
@@ -187,7 +186,7 @@ class Attention:
         def check(model: Any, attn_implementation: Any, *args: Any, **kwargs: Any) -> Any:
             key = attn_implementation
             if key is None and model.config._attn_implementation is None:  # noqa: SLF001  # its only name
-                self.choices.resolved(model.config)
+                self.switch.choices.resolved(model.config)
             if isinstance(key, slot.Setting) and not key.over:
                 return key  # of a model that is swapped: what it is registered under serves this one as well
             if isinstance(key, str) and key != "paged|eager":
@@ -313,14 +312,6 @@ def prepare(attn_implementation: Any, *, trust: bool = False) -> Any:
         UnusableKernel: there is no such function, or no attention in that kernel.
     """
     return _open[-1].prepare(attn_implementation, trust=trust) if _open else attn_implementation
-
-
-def chosen(config: Any) -> str | None:
-    """Why what a configuration says is the program's own choice, or may be; `None`: Transformers took its default."""
-    if _open and _open[-1].choices.by_default(config):
-        return None
-    what = "the program chose it, or made the model before kernelswap was there to see"
-    return f"{what}; attn_implementation='kernelswap/attention' asks for a kernel"
 
 
 def names_a_kernel(text: Any) -> bool:

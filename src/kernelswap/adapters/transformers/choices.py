@@ -34,10 +34,13 @@ class Choices:
             for config in configs:
                 self._by_default.pop(id(config), None)
 
-    def by_default(self, config: Any) -> bool:
-        """Whether nobody chose what `config` says, as far as was seen."""
+    def chosen(self, config: Any) -> str | None:
+        """Why what `config` says is the program's own choice, or may be; `None`: Transformers took its default."""
         known = self._by_default.get(id(config))
-        return known is not None and known() is config
+        if known is not None and known() is config:
+            return None
+        what = "the program chose it, or made the model before kernelswap was there to see"
+        return f"{what}; attn_implementation='kernelswap/attention' asks for a kernel"
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from ...provider import Terms
 from ...slots import module as module_slot
 from ...sources.environment import Environment
 from ...types import Kept, Mode, Outcome, Swap, Use
-from . import attention, choices, layouts, unasked
+from . import choices, layouts, unasked
 from . import wanted as wanting
 from .config import KernelConfig
 from .mapping import mode_of
@@ -55,6 +55,8 @@ class Switch:
         self._states: weakref.WeakKeyDictionary[nn.Module, State] = weakref.WeakKeyDictionary()
         self._said: set[str] = set()
         self._lock = threading.RLock()
+        self.choices = choices.Choices()
+        """What is known of the attention settings of models."""
 
     @property
     def swapper(self) -> api.Swapper:
@@ -138,7 +140,7 @@ class Switch:
                 table=wanted.rows,
                 inherit=inherit,
                 loss=() if unasked.the_loss_is_named(wanted) else loss,
-                attention=bool(loss) and unasked.attention(model, wanted, self.swapper.machine, attention.chosen),
+                attention=bool(loss) and unasked.attention(model, wanted, self.swapper.machine, self.choices.chosen),
                 prefer=wanted.prefer,
                 skip=wanted.skip,
                 mode=state.mode,
