@@ -1,10 +1,11 @@
-"""Decode on a GPU: `python benchmarks/gpu_decode.py [OUT.json] [0.6b] [8b] [--compile [--long]] [--only=static|dynamic] [--add]`.
+"""Decode on a GPU: `python benchmarks/gpu_decode.py [OUT.json] [0.6b] [8b] [--compile [--long]] [--only=static|dynamic] [--projections] [--add]`.
 
 Random weights in bf16, context 1024. Static cache: the original, the swapped model with graphs, and, with `--compile`, the original
 as generate() compiles it by itself (reduce-overhead). A step inside generate() is the difference of two lengths; a bare step is a
 loop of forwards. Dynamic cache: plain generate() at lengths never met, the original against `swap(attention=True)`.
 Greedy tokens are compared; where they first differ, the original's own two best logits there are told. `--long`: the compiled 8B at
-batch 1, too. `--add`: rows of OUT.json that this run does not measure stay.
+batch 1, too. `--projections`: static rows also with q/k/v and gate/up as one launch each (docs/fusion.md), against graphs without.
+`--add`: rows of OUT.json that this run does not measure stay.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import kernelswap as ks
 
 CONTEXT, SHORT, LONG, COUNT = (1024, 16, 80, 48) if CUDA else (24, 4, 8, 4)
 BATCHES = (1, 32) if CUDA else (1, 2)
+PROJECTIONS = {"projections": "kernelswap/layers:projections", "SwiGLUMLP": "kernelswap/layers:SwiGLUMLPFused"}
 LENGTHS = (301, 517, 733, 949) if CUDA else (11, 17)
 
 
@@ -109,6 +111,8 @@ def static(size: str, original: Any, swapped: Any) -> None:
         row(f"{size} static batch {batch} bare step", ms=bare, speedup=round(bare["original"] / bare["graphs"], 2))
         print(applied.explain(), flush=True)
         applied.undo()
+        if "--projections" in sys.argv:
+            with_projections(f"{size} static batch {batch}", swapped, ids, {"generate": graphs_ms, "bare": bare["graphs"]})
         if "--compile" in sys.argv and ((size, batch) != ("8b", 1) or "--long" in sys.argv):
             torch._dynamo.reset()
             first = timed(lambda o=original, i=ids: generate(o, i, 4)) / 1e3
@@ -123,6 +127,26 @@ def static(size: str, original: Any, swapped: Any) -> None:
             vars(original).pop("_compiled_call", None)
             torch._dynamo.reset()
         empty_cache()
+
+
+def with_projections(what: str, swapped: Any, ids: torch.Tensor, without: dict[str, float]) -> None:
+    with ks.swap(swapped, graphs=True) as applied:
+        expected = generate(swapped, ids, LONG)
+        first = bare_step(swapped, ids)
+    with ks.swap(swapped, graphs=True, table=PROJECTIONS) as applied:
+        found = generate(swapped, ids, LONG)
+        ms, spread = step_in_generate(swapped, ids)
+        bare = bare_step(swapped, ids)
+        row(
+            f"{what} with projections in generate()",
+            ms={"graphs": without["generate"], "projections": ms},
+            spread=spread,
+            speedup=round(without["generate"] / ms, 2),
+            **agreement(swapped, found, expected, ids),
+        )
+        least = min(first, without["bare"])
+        row(f"{what} with projections bare step", ms={"graphs": least, "projections": bare}, speedup=round(least / bare, 2))
+        print(applied.explain(), flush=True)
 
 
 def dynamic(size: str, original: Any, swapped: Any) -> None:

@@ -3,7 +3,7 @@
     python benchmarks/gpu_kernels.py [OUT.json] [--quick] [--only K1,K7] [--add] [--seconds 150]
 
 Correctness against float64 is checked before any timing, of every candidate. Floors: bytes that must move over the element-wise
-bandwidth that this run measured (decode attention: the read bandwidth); LM head + loss and attention: operations over the matrix
+bandwidth that this run measured (decode attention, projections of few rows: the read bandwidth); LM head + loss and attention: operations over the matrix
 rate. Rows are written as they come; `--add` keeps what OUT.json has of other kernels. `--quick`: the shapes that have a target.
 """
 
@@ -21,6 +21,7 @@ from pathlib import Path
 import gpu_attention
 import gpu_losses
 import gpu_peers
+import gpu_projections
 import targets
 import torch
 import torch.nn.functional as F
@@ -32,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 EPS = 1e-6
 WRONG = 3
 """The exit code when everything was measured and an output of ours was wrong."""
-KERNELS = ("H1", "K1", "K2", "K3", "K4", "K5", "K6", "K7", "K8", "K9")
+KERNELS = ("H1", "K1", "K2", "K3", "K4", "K5", "K6", "K7", "K8", "K9", "K10")
 
 
 def arguments() -> argparse.Namespace:
@@ -254,7 +255,7 @@ def main(asked: argparse.Namespace) -> int:
     board = Board(
         asked.out, quick=asked.quick, seconds=asked.seconds, only=asked.only, kept=rows_of(asked.out) if asked.add else ()
     )
-    layers = kernels("layers/build/torch-cuda", "rms_norm", "glu", "rope")
+    layers = kernels("layers/build/torch-cuda", "rms_norm", "glu", "rope", "projections")
     loss = kernels("loss/build/torch-universal", "cross_entropy", "loss")
     attention = kernels("attention/build/torch-universal", "decode", "dense", "forward")
     board.bandwidth, board.read, board.rate = element_wise_bandwidth(), read_bandwidth(), matrix_rate()
@@ -279,6 +280,7 @@ def main(asked: argparse.Namespace) -> int:
         ("K7",): lambda: gpu_losses.linear_cross_entropy(board, loss),
         ("K8",): lambda: (gpu_attention.decode(board, attention), gpu_attention.paged(board, attention)),
         ("K9",): lambda: gpu_attention.causal(board, attention),
+        ("K10",): lambda: gpu_projections.projections(board, layers),
     }
     took = {}
     for names, part in parts.items():

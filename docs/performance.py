@@ -54,7 +54,7 @@ def page(folder: Path = RESULTS) -> str:
         "",
         "Every candidate's output, and in backward its gradients, is compared with float64 before anything is timed; what is wrong is",
         "not timed. Candidates take turns in one process, over rotated buffers of random data, in alternating order; figures are medians.",
-        "The floor of a kernel is the bytes that must move over the element-wise bandwidth measured in the same run (decode attention:",
+        "The floor of a kernel is the bytes that must move over the element-wise bandwidth measured in the same run (decode attention, projections:",
         "over the read bandwidth), or the operations over the measured rate of a bfloat16 product. *Original* is the model as Transformers",
         "makes it, in bfloat16. Predictions, and what was tried and lost, are in",
         "[benchmarks/LOG.md](../benchmarks/LOG.md).",

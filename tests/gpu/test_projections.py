@@ -21,7 +21,7 @@ BUILD = Path(__file__).parents[2] / "src" / "kernelswap" / "bundled" / "layers" 
 TOLERANCES = {torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.float32: 1e-5}
 F = torch.nn.functional
 ACTS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda g: F.gelu(g, approximate="tanh")}
-ROWS = [1, 2, 7, 16]
+ROWS = [1, 2, 7, 16, 32]
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ def test_a_nan_stays_in_its_row(kernels):
 def test_calls_that_are_not_for_it_are_left_to_the_modules(kernels):
     x, (weights, none) = some(2, 64, dtype=torch.bfloat16), made(64, (8, 8, 8), torch.bfloat16)
     left = {
-        "more rows": (some(17, 64, dtype=torch.bfloat16), weights),
+        "more rows": (some(33, 64, dtype=torch.bfloat16), weights),
         "no rows": (x[:0], weights),
         "another dtype": (x.double(), tuple(w.double() for w in weights)),
         "two dtypes": (x.float(), weights),
@@ -133,7 +133,7 @@ def test_calls_that_are_not_for_it_are_left_to_the_modules(kernels):
     assert kernels.project(x, tuple(map(torch.nn.Parameter, weights)), none) is not None
 
 
-@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("rows", [1, 8, 32])
 def test_a_captured_graph_computes_what_is_in_its_memory(kernels, rows):
     x, (weights, given) = some(rows, 1024, dtype=torch.bfloat16), made(1024, (2048, 1024, 1024), torch.bfloat16)
     gate, up = made(1024, (3072, 3072), torch.bfloat16)[0]
@@ -228,7 +228,7 @@ def test_unasked_a_model_keeps_its_own_projections(swapper):
 
 
 @pytest.mark.parametrize("graphs", [False, True])
-@pytest.mark.parametrize("batch", [1, 4, 20])
+@pytest.mark.parametrize("batch", [1, 4, 40])
 def test_generation_gives_the_same_text(swapper, batch, graphs):
     model, more = make("qwen3", "cuda", **BIG), {"max_new_tokens": 16, "do_sample": False}
     static = {"cache_implementation": "static"} if graphs else {}

@@ -55,7 +55,7 @@ def projections(subject: Subject) -> Iterator[Case]:
     first = replace(subject, module=next(iter(subject.module.children())))
     yield from inputs.mlp(first)
     n = inputs.in_features(first.module)
-    for tokens in (2, 5, 13, 16) if n is not None else ():
+    for tokens in (2, 5, 16, 32) if n is not None else ():
         x = subject.normal(tokens, 1, n or 0, salt=800 + tokens)
         yield Case(f"{tokens} sequences of 1 token", (x,), counts=True, sums=True)
 

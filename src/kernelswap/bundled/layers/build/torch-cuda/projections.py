@@ -8,7 +8,7 @@ rounded to x's dtype in between, as eager does. Source of the second: Shazeer 20
 Bytes: every weight once, x once for each block of columns (out of the L2), each y once. A step of decoding is bound by these bytes
 and by launches, so a block of columns goes over all of K alone: there are more blocks than multiprocessors at any width of
 a model, no sum is split between programs, and equal calls give equal bits. Within a program K is split over its threads.
-One row is multiplied and summed up as it comes; up to 16 are a product of matrices.
+One row is multiplied and summed up as it comes; up to 32 are a product of matrices.
 
 `UPTO` rows at most: of more, a product of matrices proper makes better use of the weights that it has read. Such calls, those that
 want gradients, other dtypes and devices, tensors that are not plain, autocast and tracing get `F.linear`, that is, `None` here:
@@ -29,8 +29,8 @@ from ._launch import INTERPRETED, bind, current_stream, on
 from .glu import _ACTS, _act
 from .glu import formula as _act_mul
 
-UPTO = 16
-"""Rows (tokens) up to which the kernels answer; at most 16, the rows of one product. Rows K10 of benchmarks/gpu_kernels.py decide."""
+UPTO = 32
+"""Rows (tokens) up to which the kernels answer; no more than 32, the rows of one product. Rows K10 of benchmarks/gpu_kernels.py decide."""
 
 
 @triton.jit
@@ -296,12 +296,13 @@ def _launch_for(
         align |= pointer & 15
     odd = tuple(pointer & 15 for pointer in pointers) if align else ()  # which of them: each is compiled for
     tile = tile or tile_of(m, k, sum(sizes), len(weights) // len(sizes), x.element_size())
-    key = (fn, x.dtype, x.get_device(), k, m == 1, bits, odd, tile, *constants.values())
+    rows = 1 if m == 1 else 16 if m <= 16 else 32
+    key = (fn, x.dtype, x.get_device(), k, rows, bits, odd, tile, *constants.values())
     launch = _launches.get(key)
     if launch is None:
         wide, deep, stages, warps = tile
         launch = _launches[key] = bind(
             fn, (x, *weights, *given, *ys, *(17,) * len(sizes), 17), device=x.get_device(), num_warps=warps,
-            **constants, BIASES=bits, K=k, ROWS=1 if m == 1 else 16, BN=wide, BK=deep, STAGES=stages,
+            **constants, BIASES=bits, K=k, ROWS=rows, BN=wide, BK=deep, STAGES=stages,
         )  # fmt: skip
     return launch, tile[0], pointers, m
