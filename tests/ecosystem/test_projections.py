@@ -202,17 +202,15 @@ def test_recorders_see_what_they_saw(swap, kind):
 
 
 def test_hooks_on_a_projection_are_called_and_change_what_they_changed(swap):
-    model, seen = make("llama"), []
-    plain = make("llama")
+    model, plain, seen = make("llama"), make("llama"), []
     applied = swap(model)
     logits(model)
 
-    def run(model):
+    def run(model, hooked):
         seen.clear()
         attention = model.model.layers[1].self_attn
         handles = [
-            attention.k_proj.register_forward_hook(lambda m, args, out: seen.append(args[0].clone()) or out * 2),
-            attention.v_proj.register_forward_pre_hook(lambda m, args: (args[0] * 3,)),
+            hooked(attention),
             attention.register_forward_hook(lambda m, args, out: seen.append(out[0].clone())),
         ]
         out = logits(model)
@@ -220,12 +218,18 @@ def test_hooks_on_a_projection_are_called_and_change_what_they_changed(swap):
             handle.remove()
         return out, list(seen)
 
+    ways = [
+        lambda a: a.q_proj.register_forward_pre_hook(lambda m, args: (args[0] * 3,)),
+        lambda a: a.k_proj.register_forward_hook(lambda m, args, out: seen.append(args[0].clone()) or out * 2),
+        lambda a: a.v_proj.register_forward_hook(lambda m, args, out: out * 2),
+    ]
     found = calls(applied)
-    (out, ours), (want, theirs) = run(model), run(plain)
-    close(out, want)
-    close(ours, theirs)
-    assert len(ours) == 2
-    assert len(found) == 1  # the layer without hooks
+    for hooked in ways:
+        found.clear()
+        (out, ours), (want, theirs) = run(model, hooked), run(plain, hooked)
+        close(out, want)
+        close(ours, theirs)
+        assert len(found) == 1  # the layer without hooks
     close(logits(model), logits(plain))
     assert len(found) == 3
 

@@ -142,7 +142,7 @@ class Into(Three):
     def forward(self, x):
         q = self.a(x)
         x = self.b(x)
-        v = self.c(x.repeat(1, 1, 2))
+        v = self.c(x)
         return q.sum() + x + v
 
 

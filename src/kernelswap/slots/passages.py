@@ -223,7 +223,7 @@ def _projections(tree: ast.FunctionDef) -> Iterator[_Found]:
             three = [_projected(this, stmt) for stmt in block[i : i + 3]]
             found = [one for one in three if one is not None]
             targets, names, given = ({one[at] for one in found} for at in range(3))
-            if i < taken or len(found) < 3 or len(given) > 1 or min(len(targets), len(names)) < 3 or targets & given:
+            if i < taken or len(found) < 3 or len(given) > 1 or min(len(targets), len(names)) < 3:
                 continue
             if any(targets & _names(stmt.value) for stmt in block[i : i + 3] if isinstance(stmt, ast.Assign)):
                 continue
