@@ -156,7 +156,8 @@ class Swapper(Provider):
                 replacing={id(m) for m in former.modules()} if former is not None else (),
                 chooser=self._chooser(choose),
             )
-            found = sites.find(model, tables.merge(base, over), only=only, skip=skip)
+            rows, raced = tables.merge(base, over), wish.chooser is not None
+            found = sites.find(model, rows, only=only, skip=skip, rivals=raced)
             if self.environment.disabled is not None:
                 off = f"kernels are switched off: {self.environment.disabled}"
                 found = tuple(replace(site, left_out=site.left_out or off) for site in found)

@@ -37,9 +37,15 @@ def must_be_module(model: object) -> None:
 
 
 def find(
-    model: nn.Module, rows: Sequence[Row], *, only: str | Iterable[str] | None = None, skip: str | Iterable[str] | None = None
+    model: nn.Module,
+    rows: Sequence[Row],
+    *,
+    only: str | Iterable[str] | None = None,
+    skip: str | Iterable[str] | None = None,
+    rivals: bool = False,
 ) -> tuple[Site, ...]:
-    """All sites of `model`, in the order of `named_modules`, module before function.
+    """All sites of `model`, in the order of `named_modules`, module before function. Statements are one where a kernel of their
+    row may serve on that device; `rivals`: or one that serves where it is measured.
 
     `only` and `skip` are globs over module paths (`model.layers.0.*`; `layers.0.*` and `mlp` name the same places by
     the end of their paths) or over the layer names of the table (`RMSNorm`). What they leave out is still a site, with
@@ -52,7 +58,9 @@ def find(
     """
     must_be_module(model)
     kinds = {kind: tuple(row for row in rows if row.kind == kind) for kind in ("module", "function")}
-    matcher, wanted = _Matcher(kinds["module"], kinds["function"]), _Wanted(only, skip)
+    statements = {id(row): (*row.use, *(row.rivals if rivals else ())) for row in rows if row.statements}
+    read = tuple(row for row in kinds["function"] if statements.get(id(row), True))  # sources, which takes time
+    matcher, wanted = _Matcher(kinds["module"], read), _Wanted(only, skip)
     found = []
     for path, module, parents in _walk(model):
         for row, target, name, left_out in matcher.claims(path, module):
@@ -63,7 +71,7 @@ def find(
                 near = _place(parent) or (None, None)
                 device, dtype = device or near[0], dtype or near[1]
             device = device or "cpu"
-            if row.statements and not any(_may_be_on(use.on, device) for use in row.use):
+            if row.statements and not any(_may_be_on(use.on, device) for use in statements[id(row)]):
                 continue  # nothing that the model does is lost where there is no kernel for statements
             found.append(
                 Site(
@@ -151,8 +159,7 @@ class _Matcher:
     def __init__(self, module_rows: Sequence[Row], function_rows: Sequence[Row]) -> None:
         self.module_rows = tuple((row, *_split(row)) for row in module_rows)
         self.function_rows = tuple((row, *_split(row)) for row in function_rows if not row.statements)
-        # sources are read for them: not for a row that serves nobody
-        self.statement_rows = tuple((row, *_split(row)) for row in function_rows if row.statements and row.use)
+        self.statement_rows = tuple((row, *_split(row)) for row in function_rows if row.statements)
         self.classes: dict[type[Any], tuple[str, tuple[tuple[int, Row], ...], tuple[tuple[Row, str, str], ...]]] = {}
 
     def claims(self, path: str, module: nn.Module) -> Iterator[Claim]:

@@ -3,6 +3,7 @@ would show what it goes round. The kernel's own numbers are in tests/interpreted
 """
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 
 import kernelswap as ks
 from kernelswap import table
-from kernelswap.types import Kept, Swap
+from kernelswap.types import Kept, Mode, Swap, Use
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch_dtype:FutureWarning")
 KINDS = ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"]
@@ -140,8 +141,26 @@ def test_nobody_gets_it_unasked(swapper):
     assert outcomes(applied) == []
     row = next(row for row in table.default() if row.layer == "projections")
     assert row.use == ()
+    assert [use.spec for use in row.rivals] == ["kernelswap/layers:projections"]
     mlps = [row for row in table.default() if row.layer in {"SwiGLUMLP", "GeGLUMLP"}]
     assert not [use for row in mlps for use in row.use if "Fused" in use.spec]
+
+
+def test_a_rival_is_raced_and_serves_where_it_won(swapper, folder):
+    rival = Use(f"dir://{folder}:projections")
+    row = replace(next(row for row in table.default() if row.layer == "projections"), rivals=(rival,))
+    wanted = {"table": [row], "inherit": False, "trust": True}
+    model = make("llama")
+    assert outcomes(swapper.swap(model, **wanted)) == []
+    found = swapper.measure(model, seconds=20, mode=Mode.INFERENCE, compile=False, **wanted)
+    assert found.measured > 0
+    plain = logits(model)
+    applied = swapper.swap(model, choose="measured", mode=Mode.INFERENCE, **wanted)
+    assert len(outcomes(applied)) == 2
+    for o in outcomes(applied):
+        assert isinstance(o, Swap) or o.reason.startswith("measured, and the original is the fastest"), o
+    for _ in range(2):
+        close(logits(model), plain)
 
 
 def test_a_kernel_that_mixes_them_up_or_forgets_the_biases_is_refused(swap):
