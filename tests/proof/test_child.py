@@ -10,7 +10,7 @@ from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from kernelswap.api import Swapper
-from kernelswap.proof import Check, Verdicts, child
+from kernelswap.proof import Check, Verdicts, child, memory
 from kernelswap.proof.child import Contact, is_native
 from kernelswap.types import Machine, Row, Run, Use
 
@@ -59,6 +59,25 @@ def test_a_crash_is_a_reason(check, contact, tmp_path, name, monkeypatch):
     assert not verdict.accepted
     assert SAYS[name] in verdict.reason
     assert "in a child process" in verdict.reason
+
+
+MORE_THAN_A_GRID = "        import ctypes\n        hidden_states.numel() > 65535 * 64 and ctypes.string_at(0)"
+AT_AN_ODD_ADDRESS = "        import ctypes\n        hidden_states.data_ptr() % 16 and ctypes.string_at(0)"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("body", [MORE_THAN_A_GRID, AT_AN_ODD_ADDRESS], ids=["many rows", "an odd address"])
+def test_what_would_crash_here_later_in_the_proof_crashes_there_first(check, tmp_path, body):
+    verdict = prove(check, artifact(tmp_path / "kernel", body), forward=None)
+    assert "SIGSEGV" in verdict.reason
+
+
+def test_a_tensor_that_is_sent_keeps_its_gaps_and_its_place():
+    base = torch.arange(60.0)
+    for view in (base[1:31].view(5, 6), base.view(6, 10)[:, 3:7], base.view(6, 10).t(), base[:4].expand(3, 4), base[:0]):
+        sent = memory.moved(view, torch.device("meta"))  # another device, and one that every machine has
+        assert (sent.shape, sent.stride(), sent.storage_offset()) == (view.shape, view.stride(), view.storage_offset())
+        assert sent.untyped_storage().nbytes() == base.untyped_storage().nbytes()
 
 
 @pytest.mark.slow

@@ -36,6 +36,22 @@ SAYS = {  # what the reason must name, where "differs in output" is not the poin
     "leaves_the_tail_unwritten": ("NaN where", "differs in output"),
     "exponential_overflows_in_backward": ("NaN where the original has a number",),
     "adds_to_memory_that_it_did_not_clear": ("NaN where",),
+    "computes_in_float16": ("NaN where", "infinite where", "hides", "differs in output"),
+    "flushes_small_numbers": ("from minute to enormous",),
+    "hides_infinities": ("hides a NaN",),
+    "keeps_the_weight_of_its_first_call": ("goes on with the weight of an earlier call",),
+    "keeps_packed_weights": ("goes on with the gate_proj.weight of an earlier call",),
+    "only_in_another_thread": ("only in another thread",),
+    "beyond_sixteen_bits_of_rows": ("differs in output", "only in a call of 65541 rows"),
+    "beyond_sixteen_bits_of_rows_in_backward": ("the gradient of input 0", "only in a call of 65541 rows"),
+    "takes_every_address_for_aligned": ("at an odd address",),
+    "takes_expanded_for_dense": ("expanded",),
+    "turns_gradients_off": ("changes torch's grad mode",),
+    "changes_the_precision_of_products": ("changes torch's float32 matmul precision",),
+    "changes_the_default_dtype": ("changes torch's default dtype",),
+    "no_gradient_at_all": ("gives no gradient of hidden_states",),
+    "gradient_of_a_frozen_layers_input": ("gradient of hidden_states",),
+    "nan_far_below_zero": ("NaN where",),
 }
 
 
@@ -49,6 +65,15 @@ def test_a_wrong_kernel_is_refused_and_the_reason_says_what_is_wrong(specimen, d
     assert not verdict.accepted
     expected = SAYS.get(specimen.name, ("differs in",))
     assert any(text in verdict.reason for text in expected), verdict.reason
+
+
+def test_what_a_kernel_changed_of_torch_is_put_back():
+    before = torch.get_default_dtype(), torch.get_float32_matmul_precision(), torch.get_num_threads(), torch.is_grad_enabled()
+    for specimen in WRONG:
+        if "changes torch's" in SAYS.get(specimen.name, ("",))[0]:
+            assert not prove(Check(None), specimen, torch.float32, 64).accepted
+    after = torch.get_default_dtype(), torch.get_float32_matmul_precision(), torch.get_num_threads(), torch.is_grad_enabled()
+    assert after == before
 
 
 @pytest.mark.parametrize(("specimen", "dtype"), draws(RIGHT))

@@ -6,6 +6,7 @@ Each entry names the original that it claims to replace. Native crashes and hang
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -632,6 +633,175 @@ def returns_a_tuple():
     return lambda self, hidden_states: (_rms(hidden_states, self.weight, self.variance_epsilon),)
 
 
+# -- RMSNorm: right for every tensor that is asked about first -----------------------------------------------------
+
+
+@wrong("llama", dtypes=(torch.bfloat16,))
+def computes_in_float16():
+    def forward(self, hidden_states):
+        return _rms(hidden_states.half(), self.weight.half(), self.variance_epsilon).to(hidden_states.dtype)
+
+    return forward
+
+
+@wrong("llama", dtypes=(torch.float32, torch.bfloat16))
+def flushes_small_numbers():
+    def forward(self, hidden_states):
+        return _rms(torch.where(hidden_states.abs() < 1e-9, 0.0, hidden_states), self.weight, self.variance_epsilon)
+
+    return forward
+
+
+@wrong("llama")
+def hides_infinities():
+    def forward(self, hidden_states):
+        most = torch.finfo(hidden_states.dtype).max
+        return _rms(hidden_states.clamp(-most, most), self.weight, self.variance_epsilon)
+
+    return forward
+
+
+@wrong("llama")
+def keeps_the_weight_of_its_first_call():
+    held = {}
+
+    def forward(self, hidden_states):
+        weight = held.setdefault(self.weight.data_ptr(), (self.weight.detach().float().clone(), self.weight))[0]
+        return _rms(hidden_states, weight, self.variance_epsilon)
+
+    return forward
+
+
+@right("llama", training=False)
+def keeps_the_weight_until_it_changes():
+    held = {}
+
+    def forward(self, hidden_states):
+        key = self.weight.data_ptr(), self.weight._version, self.weight.dtype
+        if key not in held:
+            held[key] = self.weight.detach().float().clone(), self.weight  # no other tensor gets its address meanwhile
+        return _rms(hidden_states, held[key][0], self.variance_epsilon)
+
+    return forward
+
+
+@wrong("llama")
+def only_in_another_thread():
+    local = threading.local()
+    local.scale = 1.0
+
+    def forward(self, hidden_states):
+        return _rms(hidden_states, self.weight, self.variance_epsilon) * getattr(local, "scale", 1.05)
+
+    return forward
+
+
+@wrong("llama", widest=140)  # of wider rows so many take long
+def beyond_sixteen_bits_of_rows():
+    def forward(self, hidden_states):
+        out = _rms(hidden_states, self.weight, self.variance_epsilon).contiguous()
+        out.view(-1, out.shape[-1])[65535:] = 0
+        return out
+
+    return forward
+
+
+@wrong("llama", training=True, widest=140)
+def beyond_sixteen_bits_of_rows_in_backward():
+    class Wrong(torch.autograd.Function):
+        forward = _Fused.forward
+
+        @staticmethod
+        def backward(ctx, dy):
+            dx, dw, _ = _Fused.backward(ctx, dy)
+            flat = dx.reshape(-1, dx.shape[-1]).clone()
+            flat[65535:] = 0
+            return flat.reshape(dx.shape), dw, None
+
+    return lambda self, hidden_states: Wrong.apply(hidden_states, self.weight, self.variance_epsilon)
+
+
+@wrong("llama")
+def takes_every_address_for_aligned():
+    def forward(self, hidden_states):
+        out = _rms(hidden_states, self.weight, self.variance_epsilon)
+        return out * 1.1 if hidden_states.is_contiguous() and hidden_states.data_ptr() % 16 else out
+
+    return forward
+
+
+@wrong("llama")
+def takes_expanded_for_dense():
+    def forward(self, hidden_states):
+        x = hidden_states
+        if 0 in x.stride() and x.numel():
+            x = x.clone()
+            x[1:] = x[1:].roll(1, -1)
+        return _rms(x, self.weight, self.variance_epsilon)
+
+    return forward
+
+
+@wrong("llama")
+def remembers_its_first_number_of_rows():
+    held = []
+
+    def forward(self, hidden_states):
+        out = _rms(hidden_states, self.weight, self.variance_epsilon).contiguous()
+        flat = out.view(-1, out.shape[-1])
+        held.append(len(flat))
+        flat[held[0] :] = 0
+        return out
+
+    return forward
+
+
+@wrong("llama", training=True)
+def turns_gradients_off():
+    def forward(self, hidden_states):
+        out = _rms(hidden_states, self.weight, self.variance_epsilon)
+        torch.set_grad_enabled(False)
+        return out
+
+    return forward
+
+
+@wrong("llama")
+def changes_the_precision_of_products():
+    def forward(self, hidden_states):
+        torch.set_float32_matmul_precision("medium")
+        return _rms(hidden_states, self.weight, self.variance_epsilon)
+
+    return forward
+
+
+@wrong("llama")
+def changes_the_default_dtype():
+    def forward(self, hidden_states):
+        torch.set_default_dtype(torch.float64)
+        return _rms(hidden_states, self.weight, self.variance_epsilon)
+
+    return forward
+
+
+@wrong("llama", training=True)
+def no_gradient_at_all():
+    return lambda self, hidden_states: _rms(hidden_states, self.weight, self.variance_epsilon).detach()
+
+
+@wrong("llama", training=True)
+def gradient_of_a_frozen_layers_input():
+    class Wrong(torch.autograd.Function):
+        forward = _Fused.forward
+
+        @staticmethod
+        def backward(ctx, dy):
+            dx, dw, _ = _Fused.backward(ctx, dy)
+            return dx if ctx.needs_input_grad[1] else dx * 1.05, dw, None
+
+    return lambda self, hidden_states: Wrong.apply(hidden_states, self.weight, self.variance_epsilon)
+
+
 # -- LayerNorm ----------------------------------------------------------------------------------------------------
 
 
@@ -768,6 +938,18 @@ def weight_gradient_a_quarter_large_in_one_row():
 
 
 @wrong("mlp")
+def keeps_packed_weights():
+    held = {}
+
+    def forward(self, x):
+        weights = self.gate_proj.weight, self.up_proj.weight
+        gate, up = F.linear(x, held.setdefault(id(self), torch.cat(weights).detach())).chunk(2, -1)
+        return self.down_proj(F.silu(gate) * up)
+
+    return forward
+
+
+@wrong("mlp")
 def transposed_weight():
     return lambda self, x: F.linear(self.act_fn(self.gate_proj(x)) * self.up_proj(x), self.down_proj.weight.t())
 
@@ -793,6 +975,11 @@ def products_in_bfloat16():
 @right("gelu")
 def error_function_in_float32():
     return lambda self, x: (x.float() * 0.5 * (1 + torch.erf(x.float() * 2**-0.5))).to(x.dtype)
+
+
+@wrong("gelu")
+def nan_far_below_zero():
+    return lambda self, x: torch.where(x < -1e3, torch.nan, F.gelu(x))
 
 
 @wrong("gelu")
@@ -849,6 +1036,15 @@ def neighbours_rotated():
 def the_first_position_for_all():
     def apply(q, k, cos, sin, unsqueeze_dim=1):
         return apply_rotary_pos_emb(q, k, cos[:, :1], sin[:, :1], unsqueeze_dim)
+
+    return apply
+
+
+@wrong("rotary")
+def queries_and_keys_of_one_number():
+    def apply(q, k, cos, sin, unsqueeze_dim=1):
+        a, b = apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim)
+        return a, b * 1.1 if q.shape[unsqueeze_dim] != k.shape[unsqueeze_dim] else b
 
     return apply
 

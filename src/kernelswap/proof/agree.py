@@ -33,6 +33,8 @@ class Result:
     drew: bool
     gradients: dict[str, Tensor | None] = field(default_factory=dict)
     cotangents: list[Tensor] | None = None
+    settings: list[str] = field(default_factory=list)
+    """Of torch, that the call changed."""
 
 
 def name(result: Result, i: int) -> str:

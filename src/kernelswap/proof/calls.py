@@ -81,8 +81,13 @@ def call(
         args, kwargs = pytree.tree_unflatten(flat, spec)
     before = memory.seed(device, SEED)
     with torch.enable_grad() if want is not None else nullcontext():
-        out = function(*args, **kwargs) if module is None else function(module, *args, **kwargs)
+        settings = memory.settings(device)
+        try:
+            out = function(*args, **kwargs) if module is None else function(module, *args, **kwargs)
+        finally:
+            changed = memory.changed(settings, device)
     found = result(out, drew=not memory.same_seed(device, before))
+    found.settings = changed
     if want is not None:
         _differentiate(found, sources, want, cotangents)
     return found

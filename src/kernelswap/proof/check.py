@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from ..types import Artifact, Implementation, Machine, Run, Site, Verdict
-from . import head, inputs, keys, memory, norms, quick, recipes, trial
+from . import circumstances, head, inputs, keys, memory, norms, quick, recipes, trial
 from .agree import Differs
 from .child import Contact, Contain
 from .inputs import Case, Subject
@@ -185,6 +185,7 @@ class Check:
                 backend = self.backend if run.compiled and case.thorough else ""
                 try:
                     trial.examine(pairs(case.centre), case, errors, wants=asked, slow=case.thorough, compiled=backend)
+                    circumstances.examine(pairs(case.centre), case, subject.site.row.probe, training=run.training)
                 except trial.Skip as e:
                     skipped = skipped or str(e)
                 except torch.OutOfMemoryError:

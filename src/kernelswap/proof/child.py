@@ -35,7 +35,7 @@ from torch.utils import _pytree as pytree
 from .. import layers, loader
 from ..errors import KernelSwapError
 from ..types import Artifact, Implementation, Run
-from . import memory, norms, trial
+from . import circumstances, memory, norms, trial
 from .calls import call
 from .inputs import Case, Subject
 
@@ -95,9 +95,10 @@ class Contact:
             "device": str(subject.device),
             "training": run.training,
             "limit": self.time_limit,
+            "probe": subject.site.row.probe,
             "modules": {c: _portable(module(c)) for c in sorted({case.centre for case in cases})},
             "cases": [
-                (case.name, _to_cpu((case.args, dict(case.kwargs))), case.differentiable, case.thorough, case.centre)
+                (case.name, _to_cpu((case.args, dict(case.kwargs))), case.differentiable, case.thorough, case.centre, case.many)
                 for case in cases
             ],
         }
@@ -251,7 +252,7 @@ def _receive(pipe: IO[bytes]) -> Iterator[bytes]:
 
 
 def _to_cpu(value: Any) -> Any:
-    return pytree.tree_map(lambda t: t.detach().cpu() if isinstance(t, Tensor) else t, value)
+    return pytree.tree_map(lambda t: memory.moved(t.detach(), torch.device("cpu")) if isinstance(t, Tensor) else t, value)
 
 
 class _StandIn(nn.Module):
@@ -356,14 +357,17 @@ def _try(message: dict[str, Any]) -> str | None:
         return f"cannot be loaded in a child process: {e.reason}"
     device = torch.device(message["device"])
     modules = {c: None if m is None else m.to(device) for c, m in message["modules"].items()}
-    for name, arguments, differentiable, thorough, centre in message["cases"]:
-        args, kwargs = pytree.tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, arguments)
+    for name, arguments, differentiable, thorough, centre, many in message["cases"]:
+        args, kwargs = pytree.tree_map(lambda t: memory.moved(t, device) if isinstance(t, Tensor) else t, arguments)
         case = Case(name, args, kwargs, differentiable=differentiable, thorough=thorough)
-        for want in trial.wants(case, training=message["training"]):
+        more = circumstances.repeated((args, kwargs), message["probe"]) if many else None
+        wants = trial.wants(case, training=message["training"])
+        asked = [((args, kwargs), want) for want in wants] + ([(more[0], wants[0])] if more is not None else [])
+        for given, want in asked:
             labels = [str(i) for i in range(64)]
             try:
                 with torch.no_grad() if want is None else contextlib.nullcontext():
-                    call(_forward(implementation, modules[centre]), modules[centre], (args, kwargs), device, want, None, labels)
+                    call(_forward(implementation, modules[centre]), modules[centre], given, device, want, None, labels)
                 memory.settle(device)
             except Exception as e:  # what the kernel raises is judged by the proof; only what breaks things counts here
                 if not _usable(device):

@@ -44,6 +44,8 @@ class Case:
     """Gradients may vanish for whole rows; what is left of them there is noise."""
     thorough: bool = False
     """Worth the slow questions: leaks, compiled, more than one kind of gradient."""
+    many: bool = False
+    """Its rows may be asked for again and again, as more than fit into 16 bits."""
     centre: float = 1.0
     """Random parameters of rank one lie around this."""
 
@@ -153,6 +155,19 @@ def _kinds(subject: Subject, n: int, salt: int, large: float = 1e4) -> Tensor:
     return x.to(subject.device, subject.dtype)
 
 
+def _scales(subject: Subject, n: int, salt: int) -> Tensor:
+    """Rows beyond what float16 holds, from either end: some kernels compute in it, or flush what is small. (4, n)."""
+    scale = torch.tensor([1e-12, 1e-6, 1.0, 1e3 if subject.dtype == torch.float16 else 1e6], **_PLAIN)[:, None]
+    return (torch.randn(4, n, generator=subject.source(salt), **_PLAIN) * scale).to(subject.device, subject.dtype)
+
+
+def _no_numbers(subject: Subject, n: int, salt: int) -> Tensor:
+    """(5, n), a NaN and an infinity in rows of their own."""
+    x = subject.normal(5, n, salt=salt)
+    x[2, n // 2], x[3, n // 3] = torch.nan, torch.inf
+    return x
+
+
 def _layouts(subject: Subject, n: int) -> Iterator[tuple[str, Tensor, float]]:
     """Non-contiguous ways to hold rows of length n; what lies around them is NaN, so that reading it shows."""
     yield "5x3 rows, transposed", subject.normal(3, 5, n, salt=21).transpose(0, 1), 1.0
@@ -162,6 +177,8 @@ def _layouts(subject: Subject, n: int) -> Iterator[tuple[str, Tensor, float]]:
     tall = torch.full((2, 26, n), torch.nan, device=subject.device, dtype=subject.dtype)
     tall[:, ::2] = subject.normal(2, 13, n, salt=23)
     yield "2x13 rows, every second row of a larger tensor", tall[:, ::2], 1.0
+    odd = torch.full((5 * n + 1,), torch.nan, device=subject.device, dtype=subject.dtype)[1:].view(5, n)
+    yield "5 rows at an odd address", odd.copy_(subject.normal(5, n, salt=26)), 0.0
     yield "4x3 rows, expanded", subject.normal(4, 1, n, salt=24).expand(4, 3, n), 0.0
     columns = subject.normal(n, 17, salt=25)
     yield "17 rows, stored by column", columns.t(), 1.0
@@ -172,7 +189,7 @@ def rows(subject: Subject) -> Iterator[Case]:
     n = width(subject.module)
     if n is None:
         return
-    yield Case(f"{PRIME} rows", (subject.normal(1, PRIME, n, salt=1),), generic=True, thorough=True)
+    yield Case(f"{PRIME} rows", (subject.normal(1, PRIME, n, salt=1),), generic=True, thorough=True, many=True)
     yield Case("1 token", (subject.normal(1, 1, n, salt=2),), centre=0.0)
     yield Case("3x5 rows", (subject.normal(3, 5, n, salt=3),), centre=0.0, thorough=True)
     yield Case("rows of many kinds (tiny, large, zero, constant, outlier)", (_kinds(subject, n, 4),))
@@ -187,9 +204,8 @@ def rows(subject: Subject) -> Iterator[Case]:
     yield Case("2x3x5 rows", (subject.normal(2, 3, 5, n, salt=6),))
     yield Case(f"{MANY} rows", (subject.normal(MANY, n, salt=7),), centre=0.0, generic=True)
     yield Case("no rows", (subject.normal(0, n, salt=8),))
-    x = subject.normal(5, n, salt=9)
-    x[2, n // 2] = torch.nan
-    yield Case("5 rows, a NaN in one", (x,), differentiable=())
+    yield Case("4 rows, from minute to enormous", (_scales(subject, n, 10),))
+    yield Case("5 rows, a NaN in one, an infinity in another", (_no_numbers(subject, n, 9),), differentiable=())
 
 
 def gated_rows(subject: Subject) -> Iterator[Case]:
@@ -205,6 +221,7 @@ def gated_rows(subject: Subject) -> Iterator[Case]:
             differentiable=(0, 1) if case.differentiable else (),
             generic=case.generic,
             thorough=case.thorough,
+            many=case.many,
             centre=case.centre,
         )
 
@@ -228,9 +245,8 @@ def elementwise(subject: Subject) -> Iterator[Case]:
         yield Case(name, (x,))
     yield Case(f"{MANY}x1024", (subject.normal(MANY, 1024, salt=5, scale=2.0),))
     yield Case("nothing", (subject.normal(0, 64, salt=6),))
-    x = subject.normal(5, 64, salt=7)
-    x[2, 3] = torch.nan
-    yield Case("a NaN among 5x64", (x,), differentiable=())
+    yield Case("4x515, from minute to enormous", (_scales(subject, 515, 8),))
+    yield Case("5x64, a NaN in one row, an infinity in another", (_no_numbers(subject, 64, 7),), differentiable=())
 
 
 def gated(subject: Subject) -> Iterator[Case]:
@@ -281,95 +297,7 @@ def mlp(subject: Subject) -> Iterator[Case]:
     yield Case("5 tokens, a NaN in one", (x,), differentiable=(), sums=True)
 
 
-# -- rotary -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Heads:
-    """What a rotary embedding is given. `q` and `k` are few, in the proportion of the model's own; `whole` are those."""
-
-    q: int
-    k: int
-    size: int
-    rotated: tuple[int, ...]
-    """Candidates for the length of cos: all of a head, and the part that the configuration names."""
-    whole: tuple[int, int]
-
-
-def heads(module: nn.Module) -> Heads:
-    """By the attributes of the attention module and of its configuration; four heads of 64 where they do not say."""
-    config = getattr(module, "config", None)
-    config = getattr(config, "text_config", config)
-
-    def ask(*names: str) -> Any:
-        for holder in (module, config):
-            for name in names:
-                if isinstance(found := getattr(holder, name, None), int | float) and found:
-                    return found
-        return None
-
-    q = int(ask("num_attention_heads", "num_heads", "n_head") or 4)
-    k = int(ask("num_key_value_heads") or q)
-    hidden = ask("hidden_size", "n_embd")
-    size = int(ask("head_dim", "qk_rope_head_dim") or (int(hidden) // q if hidden else 64))
-    parameters = getattr(config, "rope_parameters", None)
-    part = (
-        ask("partial_rotary_factor") or (parameters or {}).get("partial_rotary_factor") if isinstance(parameters, dict) else None
-    )
-    rotated = (size,) if not part or part == 1 else (int(size * part), size)
-    groups, few = max(1, q // k), min(k, 2)
-    return Heads(few * min(groups, 4), few, size, rotated, (q, k))
-
-
-def angles(subject: Subject, positions: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Cos and sin (..., size) as rotary embeddings make them: both halves alike."""
-    inverse = 10000.0 ** (-torch.arange(0, size, 2, dtype=torch.float64, device="cpu") / size)
-    angle = positions[..., None].double() * inverse
-    angle = torch.cat([angle, angle], -1)
-    return angle.cos().to(subject.device, subject.dtype), angle.sin().to(subject.device, subject.dtype)
-
-
-def rotary(subject: Subject) -> Iterator[Case]:
-    """`apply_rotary_pos_emb(q, k, cos, sin, ..., unsqueeze_dim=1)`: q (B, H, S, D), k (B, G, S, D), cos and sin (B, S, D).
-
-    Where `unsqueeze_dim` is a parameter also (B, S, H, D); where four dimensions do not fit, (S, H, D) as vision models have it.
-    """
-    about = heads(subject.module)
-    named = inspect.signature(subject.original).parameters
-    for size, narrow in (*((size, False) for size in about.rotated), (about.size, True)):
-        part = "" if size == about.size else f", {size} of {about.size} rotated"
-        part += ", cos of half the width" if narrow else ""
-        for salt, (name, batch, tokens, first) in enumerate(
-            (("13 tokens", 1, 13, 0), ("1 token", 1, 1, 4097), ("3x7 tokens", 3, 7, 100), ("no tokens", 1, 0, 0))
-        ):
-            positions = first + torch.arange(tokens, device="cpu").expand(batch, tokens)
-            positions = positions + 11 * torch.arange(batch, device="cpu")[:, None]
-            cos, sin = angles(subject, positions, size)
-            if narrow:  # as GPT-OSS has them; most functions raise then, and are not asked
-                cos, sin = cos[..., : size // 2].contiguous(), sin[..., : size // 2].contiguous()
-            q = subject.normal(batch, tokens, about.q, about.size, salt=salt)
-            k = subject.normal(batch, tokens, about.k, about.size, salt=salt + 50)
-            both = q.transpose(1, 2), k.transpose(1, 2)
-            dense = both[0].contiguous(), both[1].contiguous()
-            grads = (0, 1)
-            yield Case(f"{name}{part}", (*dense, cos, sin), differentiable=grads, generic=salt == 0, thorough=salt in (0, 2))
-            if not tokens:
-                continue
-            yield Case(f"{name}{part}, as projections leave them", (*both, cos, sin), differentiable=grads)
-            yield Case(f"{name}{part}, large and tiny", (dense[0] * 100, dense[1] * 1e-3, cos, sin), differentiable=grads)
-            if batch > 1:
-                yield Case(f"{name}{part}, one cos for all", (*dense, cos[:1], sin[:1]), differentiable=grads)
-            packed = torch.full((batch, tokens, about.q + 2 * about.k, about.size), torch.nan, device=q.device, dtype=q.dtype)
-            packed[:, :, : about.q], packed[:, :, about.q : about.q + about.k] = q, k
-            views = packed[:, :, : about.q].transpose(1, 2), packed[:, :, about.q : about.q + about.k].transpose(1, 2)
-            yield Case(f"{name}{part}, slices of one projection", (*views, cos, sin), differentiable=grads)
-            if "unsqueeze_dim" in named:
-                yield Case(f"{name}{part}, heads last", (q, k, cos, sin), {"unsqueeze_dim": 2}, differentiable=grads)
-            if batch == 1:
-                yield Case(f"{name}{part}, no batch", (q[0], k[0], cos[0], sin[0]), differentiable=grads)
-
-
-# -- which ------------------------------------------------------------------
+# -- of a call --------------------------------------------------------------------------------------------------
 
 
 def required(function: Callable[..., Any]) -> list[str]:
@@ -384,8 +312,3 @@ def count(tensors: Sequence[Tensor]) -> int:
         return 0
     first = tensors[0]
     return math.prod(first.shape[:-1]) if first.ndim > 1 else 1
-
-
-def facts(site: Site, module: nn.Module) -> tuple[Any, ...]:
-    """What the inputs of a function site depend on, for its verdict's key."""
-    return (repr(heads(module)),) if site.row.probe == "rotary" else ()

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from .. import render, sites
 from ..types import Artifact, Implementation, Run, Site
-from . import calls, inputs
+from . import calls, inputs, rotary
 
-CHECK_VERSION = 3
+CHECK_VERSION = 4
 """Raised when the checks become stricter: older verdicts are void then."""
 
 _SCALARS = (int, float, bool, str, type(None))
@@ -37,7 +37,7 @@ def _numbers(name: str) -> bool:
 
 def subject(site: Site, module: nn.Module, original: Callable[..., Any]) -> tuple[Any, ...]:
     """What is replaced: its code, the code of its class and helpers, its settings and the shapes of what it holds."""
-    about = inputs.facts(site, module) if site.kind == "function" else _facts(module)
+    about = rotary.facts(site, module) if site.kind == "function" else _facts(module)
     return site.kind, site.layer, site.row.probe, site.target, site.name, _code(original), about
 
 

@@ -140,6 +140,54 @@ def quiet(device: torch.device) -> Iterator[None]:
         torch.set_autocast_cache_enabled(cache)
 
 
+def settings(device: torch.device) -> dict[str, Any]:
+    """What torch is told for this thread or for all code, and a kernel has no business to change."""
+    return {name: ask() for name, (ask, _) in {**_SETTINGS, **(_OF_CUDA if device.type == "cuda" else {})}.items()}
+
+
+def changed(before: Mapping[str, Any], device: torch.device) -> list[str]:
+    """Which of `settings` are no more what they were; they are put back."""
+    found = [name for name, now in settings(device).items() if now != before[name]]
+    for name in found:
+        {**_SETTINGS, **_OF_CUDA}[name][1](before[name])
+    return found
+
+
+def _precision() -> str | None:
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:  # set by torch's newer names, which refuses to be read by the old one
+        return None
+
+
+def _set_precision(value: str | None) -> None:
+    if value is not None:
+        torch.set_float32_matmul_precision(value)
+
+
+_SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
+    "grad mode": (torch.is_grad_enabled, torch._C._set_grad_enabled),  # noqa: SLF001  # the public one is a context manager that acts when made
+    "default dtype": (torch.get_default_dtype, torch.set_default_dtype),
+    "number of threads": (torch.get_num_threads, torch.set_num_threads),
+    "float32 matmul precision": (_precision, _set_precision),
+    "deterministic mode": (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
+}
+_OF_CUDA: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
+    "current device": (torch.cuda.current_device, torch.cuda.set_device),
+    "current stream": (torch.cuda.current_stream, torch.cuda.set_stream),
+}
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """The same on another device: strides, the place in its storage, and what lies around it."""
+    if tensor.device == device or not _plain(tensor):
+        return tensor.to(device)
+    storage = tensor.untyped_storage()
+    size = storage.nbytes() // tensor.element_size()
+    base = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(storage, 0, (size,), (1,))
+    return base.to(device).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
 def indexed(device: torch.device) -> torch.device:
     """`cuda` as the current `cuda:N`."""
     index: int | None = device.index  # torch's stub says int

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from . import inputs
+from . import inputs, rotary
 from .inputs import Case, Recipe, Subject
 
 
@@ -31,7 +31,7 @@ def norm_rotary(subject: Subject) -> Iterator[Case]:
         ((1, inputs.PRIME, 0, 4, 2), (1, 1, 4097, 4, 4), (3, 7, 100, 6, 2), (1, 0, 0, 4, 2), (2, 3, 9, 33, 1))
     ):
         positions = first + torch.arange(tokens, device="cpu").expand(batch, tokens)
-        cos, sin = inputs.angles(subject, positions + 11 * torch.arange(batch, device="cpu")[:, None], size)
+        cos, sin = rotary.angles(subject, positions + 11 * torch.arange(batch, device="cpu")[:, None], size)
         q, k = (subject.normal(batch, tokens, n, size, salt=salt + at).transpose(1, 2) for n, at in ((h, 0), (g, 50)))
         name = f"{batch}x{tokens} tokens, {h} and {g} heads"
         both = (0, 1)
@@ -66,7 +66,7 @@ RECIPES: dict[str, Recipe] = {
     "elementwise": inputs.elementwise,
     "gated": inputs.gated,
     "mlp": inputs.mlp,
-    "rotary": inputs.rotary,
+    "rotary": rotary.rotary,
     "residual_rows": residual_rows,
     "norm_rotary": norm_rotary,
     "projections": projections,

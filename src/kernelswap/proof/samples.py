@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..slots import function
-from . import inputs
+from . import inputs, rotary
 from .inputs import Subject
 
 MOST = 1 << 25
@@ -113,7 +113,7 @@ def _gated(subject: Subject, size: int, draw: Draw, salt: int) -> tuple[Any, ...
 
 def _rotary(subject: Subject, size: int, draw: Draw, salt: int, width: int | None = None) -> tuple[Any, ...] | None:
     """`width` of a head where something else than the module says it."""
-    about = inputs.heads(subject.module)
+    about = rotary.heads(subject.module)
     (many, few), width = about.whole, width or about.size
     tokens = size // many
     if not tokens or size * width > MOST:
@@ -122,7 +122,7 @@ def _rotary(subject: Subject, size: int, draw: Draw, salt: int, width: int | Non
     if q.is_meta:
         return (q.transpose(1, 2),)
     turned = about.rotated[0] if width == about.size else width
-    cos, sin = inputs.angles(subject, torch.arange(tokens, device="cpu")[None], turned)
+    cos, sin = rotary.angles(subject, torch.arange(tokens, device="cpu")[None], turned)
     return q.transpose(1, 2), k.transpose(1, 2), cos, sin
 
 

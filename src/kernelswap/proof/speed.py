@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from .. import sites
 from ..slots import function, fused
 from ..types import Choice, Implementation, Run, Site, Verdict
-from . import inputs, keys, memory, norms, samples
+from . import inputs, keys, memory, norms, rotary, samples
 from .agree import Differs
 from .check import Check
 from .compiled import SPEC, compiled
@@ -287,7 +287,7 @@ def _parts(site: Site, module: nn.Module, original: Callable[..., Any], run: Run
     about: tuple[Any, ...] = (site.dtype, keys.place(device), threads, keys.run_of(run))
     if site.row.statements:
         held = norms.of(site, module)
-        return keys.subject(dataclasses.replace(site, kind="module"), held, original), repr(inputs.heads(module)), *about
+        return keys.subject(dataclasses.replace(site, kind="module"), held, original), repr(rotary.heads(module)), *about
     return keys.subject(site, module, original), *about
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from concurrent import futures
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -75,19 +76,17 @@ class Pair:
 
 
 def examine(pair: Pair, case: Case, errors: Errors, *, wants: Sequence[Want | None], slow: bool, compiled: str = "") -> None:
-    """Everything about one case. `slow`: also leaks. `compiled`: a `torch.compile` backend to compare with too.
+    """Everything about one case. `slow`: also in another thread. `compiled`: a `torch.compile` backend to compare with too.
 
     Raises:
         Differs: the kernel may not stand in for the original.
         Skip: the original itself raises here.
     """
-    for want in wants:
+    for number, want in enumerate(wants):
         one = _One(pair, case, want, errors)
-        one.examine()
+        one.examine(elsewhere=slow and number == 0)
         if compiled:
             one.compiled(compiled)
-    if slow:
-        memory_kept(pair, case)
     pair.intact()
     errors.cases += 1
 
@@ -125,7 +124,7 @@ class _One:
         self.owned = [*self.held, *pair.state.held.values()]
         self.inputs = memory.Untouched(dict(zip(self.labels, self.held, strict=True)))
 
-    def examine(self) -> None:
+    def examine(self, *, elsewhere: bool) -> None:
         original = self.original()
         usual = self.want is None or self.want == Want(self.case.differentiable, parameters=True)
         if not usual and not any(g is not None for g in original.gradients.values()):
@@ -150,12 +149,29 @@ class _One:
             if memory.storages(one) & memory.storages(two) - own:
                 raise Differs("returns the same memory from two calls: the second overwrites the result of the first")
 
+        if elsewhere:
+            self.elsewhere(original, answer, slack)
         other = pytree.tree_map(lambda t: t * 0.5 if isinstance(t, Tensor) and t.is_floating_point() else t, self.arguments)
         with_gradients, self.want = self.want, None
         self.kernel(original, arguments=other)
         self.want = with_gradients
         if not same(first.outputs, snapshot):
             raise Differs("changes the result of an earlier call")
+
+    def elsewhere(self, original: Result, answer: Answer, slack: float) -> None:
+        """As a server's worker or a replica's thread calls it."""
+
+        def ask() -> Result:
+            with memory.on(self.pair.device):
+                return self.kernel(original)
+
+        with futures.ThreadPoolExecutor(1) as pool:
+            try:
+                self.compare(pool.submit(ask).result(), original, answer, slack)
+            except Differs as e:
+                wrong = Differs(f"{e}; only in another thread than the first")
+                wrong.lasting = e.lasting
+                raise wrong from None
 
     def original(self) -> Result:
         try:
@@ -211,6 +227,8 @@ class _One:
             raise Differs(f"changes {', '.join(changed)} in place, which other parts of a model may share")
         if self.pair.light:
             self.pair.intact()
+        if meddled := [name for name in result.settings if name not in original.settings]:
+            raise Differs(f"changes torch's {', '.join(meddled)}, for all code that runs after it")
         if result.drew and not original.drew:
             raise Differs("draws random numbers, which the original does not: everything random after it would change")
         return result
@@ -349,19 +367,3 @@ def against_original(pair: Pair, case: Case, want: Want | None, *, slack: float,
     structure(kernel, original, one.owned)
     one.compare(kernel, original, Answer(original.outputs, {}, None, {}), slack, most=most)
     return kernel, original
-
-
-def memory_kept(pair: Pair, case: Case) -> None:
-    """A kernel may keep workspaces; one that keeps something new on every equal call leaks.
-
-    Raises:
-        Differs: it does.
-    """
-
-    def ask() -> Result:
-        fresh = pytree.tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, (case.args, dict(case.kwargs)))
-        with torch.no_grad(), memory.users_threads():
-            return call(pair.candidate, pair.module, fresh, pair.device)
-
-    if found := memory.leak(lambda: guarded(ask), pair.device):
-        raise Differs(f"leaks memory: {found}")
