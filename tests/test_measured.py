@@ -23,7 +23,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 from kernelswap import locking, sbom
 from kernelswap.api import Swapper
 from kernelswap.errors import TableError
-from kernelswap.proof import Check, Verdicts, samples, speed
+from kernelswap.proof import Check, Verdicts, course, samples
 from kernelswap.sources.hub import HubSource
 from kernelswap.types import Kept, Mode, Row, Swap, Use
 
@@ -263,7 +263,7 @@ def test_a_lock_and_a_bill_of_materials_name_every_kernel_that_may_serve(make_sw
     (kernel,) = [outcomes[0].inference.implementation.origin]
     other = replace(outcomes[0].inference.implementation, origin=replace(kernel, digest="f" * 64))
     mixed = samples.ROWS, [outcomes[0].inference.implementation, other, None, None, None], Qwen3RMSNorm.forward
-    both = replace(outcomes[0].inference, implementation=speed.mixture(*mixed, outcomes[0].inference.implementation))
+    both = replace(outcomes[0].inference, implementation=course.mixture(*mixed, outcomes[0].inference.implementation))
     plan = [replace(outcomes[0], inference=both)]
     assert [a.digest for a in locking.serving(plan)] == [kernel.digest, "f" * 64]
     named = {c["bom-ref"] for c in sbom.bill(plan)["components"]}

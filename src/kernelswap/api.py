@@ -169,8 +169,14 @@ class Swapper(Provider):
 
             verdicts = self._verdicts.setdefault(model, {})
             planned = planning.plan(model, found, provide, self.prover, machine=self.machine, wish=wish, verdicts=verdicts)
-            wanted = whole.Wanted(attention=attention, graphs=graphs, replacing=former is not None, off=self.environment.disabled)
-            return (*whole.outcomes(model, planned, wanted, lambda text, on: provide(text, on, "function"), _differs), *planned)
+            wanted = whole.Wanted(
+                attention, graphs, former is not None, self.environment.disabled,
+                prefer=preferred, named=named, chooser=wish.chooser, runs=planning.runs(wish.mode),
+            )  # fmt: skip
+            by_name = whole.outcomes(
+                model, planned, wanted, self.machine, lambda text, on: provide(text, on, "function"), _differs
+            )
+            return (*by_name, *planned)
 
     def swap(
         self,

@@ -110,7 +110,7 @@ class _Planner:
         self.choices: dict[object, list[tuple[Choice, list[_Passed], _Asked]]] = {}
         self.obstacles: dict[tuple[int, int, SiteKind], str | None] = {}
         self.replaced: dict[str, tuple[str, frozenset[str]]] = {}  # path -> layer, children that its kernel still calls
-        self.runs = _runs(wish.mode)
+        self.runs = runs(wish.mode)
 
     def outcome(self, site: Site) -> Outcome:
         module = self.modules[site.path]
@@ -349,7 +349,7 @@ def _nobody_asked_for(implementation: Implementation, *, timed: bool) -> bool:
     return source == "bundled" or (timed and source == "torch")  # the original, compiled
 
 
-def _runs(mode: Mode | None) -> dict[bool, Run | None]:
+def runs(mode: Mode | None) -> dict[bool, Run | None]:
     """What a kernel must be able to do, by the `training` of the module that it serves."""
     if mode is None:
         return {False: Run(training=False), True: Run(training=True)}

@@ -245,6 +245,9 @@ def _why(choice: Choice) -> str:
     return f"{found}; {measured(choice)}" if choice.measured else found
 
 
+FEW = 3  # sizes that the original keeps, which are listed one by one
+
+
 def measured(choice: Choice) -> str:
     """`measured: 2.20x on 1 row, 3.10x on 2-16 rows; the original on over 4096 rows`. Empty where nothing was measured."""
     several = len({serves for _, serves, _ in choice.measured if serves}) > 1
@@ -254,6 +257,8 @@ def measured(choice: Choice) -> str:
         said.setdefault(what, []).append(
             f"{times:.2f}x on {size}" if times else f"{'' if not serves else 'not measured '}on {size}"
         )
+    if len(said) > 1 and len(others := said.get("the original", [])) > FEW:
+        said["the original"] = [f"on the {len(others)} others"]
     return "measured: " + "; ".join(f"{what} {', '.join(texts)}".strip() for what, texts in said.items()) if said else ""
 
 

@@ -13,7 +13,7 @@ from tests.swapping import frozen
 
 from kernelswap.api import Swapper
 from kernelswap.errors import Required
-from kernelswap.slots import attention
+from kernelswap.slots import attention, attention_calls
 from kernelswap.slots import attention_masks as masks
 from kernelswap.types import Kept, Swap
 
@@ -239,8 +239,8 @@ def test_parts_with_configurations_of_their_own_have_outcomes_of_their_own(swapp
 
 
 def test_a_long_prompt_is_proved_on_a_part_of_it(swapper, monkeypatch):
-    monkeypatch.setattr(attention, "SMALL", 64)
-    monkeypatch.setattr(attention, "ROWS", 3)
+    monkeypatch.setattr(attention_calls, "SMALL", 64)
+    monkeypatch.setattr(attention_calls, "ROWS", 3)
     model = qwen3(initializer_range=0.3)
     expected = model.generate(IDS, max_new_tokens=5, do_sample=False, cache_implementation="static")
     with swapper.swap(model, attention=True) as applied:
@@ -272,7 +272,7 @@ def test_lengths_written_out_are_transformers_own_mask():
     mask = torch.tensor([[0, 0, 1, 1, 0, 1, 1], [1] * 7])
     offset = torch.tensor(6)
     key = torch.empty(2, 1, 12, 4)
-    found = attention._written_out(masks.packed(torch, offset, mask, 12), key)
+    found = attention_calls.written_out(masks.packed(torch, offset, mask, 12), key)
     theirs = sdpa_mask(
         batch_size=2, q_length=1, kv_length=12, q_offset=offset, attention_mask=mask.bool(), allow_is_causal_skip=False
     )

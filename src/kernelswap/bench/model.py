@@ -120,7 +120,7 @@ def _races(contest: Contest, subject: Subject) -> list[Race]:
     races = []
     for entry in contest.speeds.entries.values():
         kind, outcome = where.get((entry.site.path, entry.site.layer, entry.site.name), (None, None))
-        if kind is None or outcome is None or entry.scale is None:
+        if kind is None or outcome is None:
             continue
         laps = tuple(_laps(contest.speeds, entry))
         choice = outcome.serving(training=entry.run.training) if isinstance(outcome, Swap) else None
@@ -134,8 +134,8 @@ def _races(contest: Contest, subject: Subject) -> list[Race]:
                 dtype=entry.site.dtype.removeprefix("torch."),
                 device=entry.site.device,
                 mode="training" if entry.run.training else "inference",
-                unit=entry.scale.unit,
-                sizes=tuple(map(entry.scale.name, range(len(entry.scale.at)))),
+                unit=entry.course.unit,
+                sizes=entry.course.names,
                 laps=laps,
                 serves=choice.measured if choice is not None else (),
                 passed=tuple(
@@ -151,9 +151,8 @@ def _passed(outcome: Outcome, *, training: bool) -> tuple[tuple[str, str], ...]:
 
 
 def _laps(speeds: Speeds, entry: Entry) -> list[Lap]:
-    assert entry.scale is not None
     laps = []
-    for bucket in range(len(entry.scale.at)):
+    for bucket in range(len(entry.course.names)):
         for spec, candidate in entry.candidates:
             verdict = speeds.known(entry, candidate, bucket)
             if verdict is None:
@@ -162,7 +161,7 @@ def _laps(speeds: Speeds, entry: Entry) -> list[Lap]:
             laps.append(
                 Lap(
                     spec,
-                    entry.scale.name(bucket),
+                    entry.course.names[bucket],
                     speedup(verdict),
                     None if noise is None else float(noise),
                     verdict.seconds_original,

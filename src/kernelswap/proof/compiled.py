@@ -37,7 +37,7 @@ def compiled(site: Site, original: Callable[..., Any]) -> Implementation:
     )
     return Implementation(
         layer=site.target.rpartition(".")[2],
-        kind="function" if site.kind == "function" else "module",
+        kind="module" if site.kind == "module" else "function",
         forward=forward,
         backward=True,
         compiles=True,

@@ -15,27 +15,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
-from .. import sites
-from ..slots import function, fused
 from ..types import Choice, Implementation, Run, Site, Verdict
-from . import inputs, keys, memory, norms, rotary, samples
-from .agree import Differs
+from . import attention_course, keys, memory, samples
 from .check import Check
 from .compiled import SPEC, compiled
-from .inputs import Subject
+from .course import ELSEWHERE, Course, Plain, inputs_at_once
 from .measure import INPUTS, compare
-from .real import Real, accepted
-from .trial import Errors
 from .verdicts import Verdicts
 
 SPEED_VERSION = 2
 """Raised when measuring changes: older measurements are void then."""
-ORDER = (0, 3, 1, 2, 4)
-"""Buckets by how soon they are worth knowing: one token, a prompt, then what lies between and beyond."""
-HELD = 256 << 20  # bytes of inputs in rotation
 ORIGINAL = "the original"
 UNKNOWN = "table"  # in an agreement: nothing is known, the table decides
 _ITSELF = Verdict(accepted=True, reason="is the original, compiled: its outputs agreed where it was measured")
@@ -50,17 +41,12 @@ class Entry:
     """One kind of site in one mode, and everything that may serve it."""
 
     site: Site
-    module: nn.Module
     original: Callable[..., Any]
     candidates: tuple[tuple[str, Implementation], ...]
     run: Run
+    course: Course
     name: str = ""
     """Digest of everything that its measurements depend on, apart from the candidates and the sizes."""
-
-    @property
-    def scale(self) -> samples.Scale | None:
-        """How its calls are counted; None: there is no recipe for its inputs, so nothing can be measured."""
-        return samples.BY_PROBE.get(self.site.row.probe)
 
 
 class Speeds:
@@ -94,31 +80,33 @@ class Speeds:
         """As `types.Chooser`. Compiled runs are not measured module by module: there the table decides."""
         verdicts = {keys.digest(keys.kernel(i)): v for _, i, v in accepted}
         candidates = [(spec, i) for spec, i, _ in accepted]
-        scale = samples.BY_PROBE.get(site.row.probe)
-        if scale is None or run.compiled:
-            return Choice(accepted[0][1], verdict=accepted[0][2]) if accepted else Choice(None)
-        name = keys.digest(*_parts(site, module, original, run))
+        on = course(site, module, original, run)
+        if on is None or run.compiled:
+            first = _of_the_table(site, accepted)
+            return Choice(first, verdict=verdicts[keys.digest(keys.kernel(first))]) if first is not None else Choice(None)
+        name = keys.digest(*_parts(site, on, run))
         if self.compile and not site.row.statements:  # compiled code runs these as they stand, among their neighbours
             if name not in self._memo:
                 self._memo[name] = compiled(site, original)
             candidates.append((SPEC, self._memo[name]))
-        entry = self.entries[name] = Entry(site, module, original, tuple(candidates), run, name)
+        entry = self.entries[name] = Entry(site, original, tuple(candidates), run, on, name)
         named = {keys.digest(keys.kernel(i)): i for _, i in candidates}
         decide = functools.partial(self._decide, entry)
         decided = decide() if self.agree is None else self.agree(f"{name} {sorted(named)}", decide)
-        first = accepted[0][1] if accepted else None
+        first = _of_the_table(site, accepted)
         parts = [first if name == UNKNOWN else named.get(name) for name in decided]
-        return self._served(entry, scale, parts, verdicts)
+        return self._served(entry, parts, verdicts)
 
     def _decide(self, entry: Entry) -> list[str]:
-        """For each bucket the digest of what serves, `""` for the original, `UNKNOWN` where nothing was measured.
+        """For each bucket the digest of what serves, `""` for the original, `UNKNOWN` where nothing was measured."""
 
-        A bucket that cannot be measured is served as the one below, the first ones as the first that can.
-        """
-        assert entry.scale is not None
-        found = [None if self._is_absent(entry, b) else self._fastest(entry, b) for b in range(len(entry.scale.at))]
-        last = next((f for f in found if f is not None), UNKNOWN)
-        return [last := last if f is None else f for f in found]
+        def one(bucket: int) -> str:
+            if not self._is_absent(entry, bucket):
+                return self._fastest(entry, bucket)
+            like = entry.course.like(bucket)
+            return UNKNOWN if like is None else one(like)
+
+        return [one(bucket) for bucket in range(len(entry.course.names))]
 
     def _fastest(self, entry: Entry, bucket: int) -> str:
         known = [(self.known(entry, i, bucket), i) for _, i in entry.candidates]
@@ -131,43 +119,40 @@ class Speeds:
                 best, beaten = keys.digest(keys.kernel(implementation)), times
         return best or (UNKNOWN if not known or known[0][0] is None else "")
 
-    def _served(
-        self, entry: Entry, scale: samples.Scale, parts: Sequence[Implementation | None], verdicts: Mapping[str, Verdict]
-    ) -> Choice:
-        passed = tuple((s, why) for s, i in entry.candidates if i not in parts and (why := self._said(entry, i, scale)))
+    def _served(self, entry: Entry, parts: Sequence[Implementation | None], verdicts: Mapping[str, Verdict]) -> Choice:
+        passed = tuple((s, why) for s, i in entry.candidates if i not in parts and (why := self._said(entry, i)))
         used = [i for i in parts if i is not None]
         if not used:
             return Choice(None, passed or ((ORIGINAL, "nothing else may serve"),))
         lead = max(dict.fromkeys(used), key=used.count)
         verdict = verdicts.get(keys.digest(keys.kernel(lead))) or _ITSELF
         measured = tuple(
-            (scale.name(b), next((s for s, i in entry.candidates if i is part), ""), self._speedup(entry, part, b))
+            (entry.course.names[b], next((s for s, i in entry.candidates if i is part), ""), self._speedup(entry, part, b))
             for b, part in enumerate(parts)
             if not self._is_absent(entry, b)
         )
-        return Choice(self._mixture(entry, scale, parts, lead), passed, verdict, measured)
+        return Choice(self._mixture(entry, parts, lead), passed, verdict, measured)
 
     def _speedup(self, entry: Entry, part: Implementation | None, bucket: int) -> float | None:
         verdict = None if part is None else self.known(entry, part, bucket)
         return None if verdict is None else speedup(verdict)
 
-    def _said(self, entry: Entry, candidate: Implementation, scale: samples.Scale) -> str:
+    def _said(self, entry: Entry, candidate: Implementation) -> str:
         """What was measured of a candidate that serves nowhere."""
-        found = [(b, v) for b in range(len(scale.at)) if (v := self.known(entry, candidate, b)) is not None]
+        names = entry.course.names
+        found = [(name, v) for b, name in enumerate(names) if (v := self.known(entry, candidate, b)) is not None]
+        found = [(name, v) for name, v in found if v.reason != ELSEWHERE] or found
         broken = next((v.reason for _, v in found if v.seconds_kernel is None), None)
         if broken is not None:
             return broken
-        return ", ".join(f"{v.reason.partition(' ')[0]} on {scale.name(b)}" for b, v in found)
+        return ", ".join(f"{v.reason.partition(' ')[0]} on {name}" for name, v in found)
 
-    def _mixture(
-        self, entry: Entry, scale: samples.Scale, parts: Sequence[Implementation | None], lead: Implementation
-    ) -> Implementation:
+    def _mixture(self, entry: Entry, parts: Sequence[Implementation | None], lead: Implementation) -> Implementation:
         if all(p is lead for p in parts):
             return lead
         key = (entry.name, *(p and keys.digest(keys.kernel(p)) for p in parts))
         if key not in self._memo:  # equal modules share one: their classes, and what is compiled of them, are the same
-            before = function.norms(entry.module, entry.site.name) if entry.site.row.statements else ()
-            self._memo[key] = mixture(scale, parts, entry.original, lead, before=len(before))
+            self._memo[key] = entry.course.mixture(parts, lead)
         return self._memo[key]
 
     # -- measuring --
@@ -179,11 +164,10 @@ class Speeds:
     def missing(self) -> Iterator[tuple[Entry, str, Implementation, int]]:
         """What could be measured and was not: soonest what is worth knowing first, compiled originals last."""
         todo = [
-            (spec == SPEC, ORDER.index(bucket), entry, spec, candidate, bucket)
+            (spec == SPEC, entry.course.order.index(bucket), entry, spec, candidate, bucket)
             for entry in self.entries.values()
-            if entry.scale is not None
             for spec, candidate in entry.candidates
-            for bucket in range(len(entry.scale.at))
+            for bucket in range(len(entry.course.names))
         ]
         for *_, entry, spec, candidate, bucket in sorted(todo, key=lambda t: t[:2]):
             if self.known(entry, candidate, bucket) is None and not self._is_absent(entry, bucket):
@@ -196,83 +180,74 @@ class Speeds:
         """
         site, run = entry.site, entry.run
         device = memory.indexed(torch.device(site.device))
-        subject = Subject(site, entry.module, entry.original, device, getattr(torch, site.dtype.removeprefix("torch.")))
         lasting = True
         with memory.quiet(device), torch.enable_grad() if run.training else torch.no_grad():
             try:
-                verdict = self._measured(subject, entry, candidate, bucket, seconds)
+                verdict = self._measured(entry, candidate, bucket, seconds)
             except (MemoryError, torch.OutOfMemoryError):
                 verdict, lasting = Verdict(accepted=False, reason="ran out of memory while it was measured"), False
             except Exception as e:  # noqa: BLE001  # a stranger's code may raise anything, and all of it means: not this one
                 text = " ".join(str(e).split())[:200]
                 verdict = Verdict(accepted=False, reason=f"raises {type(e).__name__}: {text}")
+            finally:
+                entry.course.release()
         verdict = dataclasses.replace(verdict, key=self._key(entry, candidate, bucket))
         if lasting:
             self.store.put(verdict)
         return verdict
 
-    def _measured(self, subject: Subject, entry: Entry, candidate: Implementation, bucket: int, seconds: float) -> Verdict:
-        assert entry.scale is not None
-        given = samples.sample(subject, bucket)
-        assert given is not None  # `missing` asked
-        site, held, original, called = norms.seen(subject.site, entry.module, entry.original, _behind_guard(entry, candidate))
-        module = None
-        if site.kind == "module":
-            module = inputs.with_parameters(dataclasses.replace(subject, module=held), 1.0).train(entry.run.training)
-        before = tuple(module._modules.values()) if module is not None and site.row.statements else ()  # noqa: SLF001  # as `norms.on_module`
-        if (why := self._differs(entry, None if before else module, candidate, (*before, *given))) is not None:
+    def _measured(self, entry: Entry, candidate: Implementation, bucket: int, seconds: float) -> Verdict:
+        course = entry.course
+        given = course.given(bucket)
+        if (why := course.differs(candidate, given, bucket, self._verifier)) is not None:
             return Verdict(accepted=False, reason=why)
-        graded = samples.GRADED.get(site.row.probe, len(given)) if entry.run.training else None
         salts = iter(range(1, 1 << 20))
-        size = sum(t.numel() * t.element_size() for t in given)
         found = compare(
-            _side(original, module, graded),
-            _side(called.forward, module, graded),
-            lambda: samples.sample(subject, bucket, next(salts)) or given,
+            *course.sides(candidate, bucket),
+            lambda: course.given(bucket, next(salts)),
             seconds=seconds,
-            device=subject.device,
+            device=entry.site.device,
             cold=True,
-            inputs=max(2, min(INPUTS, HELD // max(1, size))),
+            inputs=inputs_at_once(given, INPUTS),
         )
         word = "faster" if found.faster else "slower" if found.slower else f"within the noise of {found.noise:.0%}"
         return Verdict(
             accepted=found.faster,
-            reason=f"{found.ratio:.2f}x as fast as the original on {entry.scale.name(bucket)}: {word}",
+            reason=f"{found.ratio:.2f}x as fast as the original on {course.names[bucket]}: {word}",
             seconds_original=found.median_a,
             seconds_kernel=found.median_b,
             details=(
                 ("speedup", f"{found.ratio:.6g}"),
                 ("noise", f"{found.noise:.3g}"),
                 ("runs", str(found.runs)),
-                ("bucket", entry.scale.name(bucket)),
-                ("size", str(entry.scale.at[bucket])),
+                ("bucket", course.names[bucket]),
+                ("size", course.at[bucket]),
             ),
         )
-
-    def _differs(self, entry: Entry, module: nn.Module | None, candidate: Implementation, given: tuple[Any, ...]) -> str | None:
-        """Why the outputs on these inputs are not good enough, or `None`. `module`: in place of the entry's own."""
-        site = entry.site
-        if candidate.origin.candidate.source == "torch":  # not a stranger's: its outputs are compared, nothing more is asked
-            try:
-                _, verdict = Real(site, module, entry.original, candidate, given, {}).answered(accepted(Errors()))
-            except Differs as e:
-                return str(e)
-        else:
-            held = entry.module if module is None else module
-            _, verdict = self._verifier.first_call(site, held, entry.original, candidate, entry.run, given, {})
-        return None if verdict.accepted else verdict.reason
 
     def _is_absent(self, entry: Entry, bucket: int) -> bool:
         """Whether no call of this site is of that size, or the size is too large to measure."""
         what = entry.name, bucket
         if what not in self._present:
-            subject = Subject(entry.site, entry.module, entry.original, torch.device("meta"), torch.float32)
-            self._present[what] = samples.occurs(subject, bucket)
+            self._present[what] = entry.course.occurs(bucket)
         return not self._present[what]
 
     @staticmethod
     def _key(entry: Entry, candidate: Implementation, bucket: int) -> str:
         return keys.digest("speed", SPEED_VERSION, keys.kernel(candidate), bucket, entry.name)
+
+
+def course(site: Site, module: nn.Module, original: Callable[..., Any], run: Run) -> Course | None:
+    """The calls to measure a site with; None: there is no recipe for its inputs, so nothing can be measured."""
+    if site.kind == "attention":
+        return attention_course.of(site, module, original, run)
+    return Plain(site, module, original, run) if site.row.probe in samples.BY_PROBE else None
+
+
+def _of_the_table(site: Site, accepted: Accepted) -> Implementation | None:
+    """What serves where nothing was measured: the first that is no rival, which serves where a measurement chose it and nowhere else."""
+    rivals = {use.spec for use in site.row.rivals}
+    return next((implementation for spec, implementation, _ in accepted if spec not in rivals), None)
 
 
 def speedup(verdict: Verdict) -> float | None:
@@ -281,90 +256,7 @@ def speedup(verdict: Verdict) -> float | None:
     return None if found is None else float(found)
 
 
-def _parts(site: Site, module: nn.Module, original: Callable[..., Any], run: Run) -> tuple[Any, ...]:
+def _parts(site: Site, on: Course, run: Run) -> tuple[Any, ...]:
     device = memory.indexed(torch.device(site.device))
     threads = torch.get_num_threads() if device.type == "cpu" else 0
-    about: tuple[Any, ...] = (site.dtype, keys.place(device), threads, keys.run_of(run))
-    if site.row.statements:
-        held = norms.of(site, module)
-        return keys.subject(dataclasses.replace(site, kind="module"), held, original), repr(rotary.heads(module)), *about
-    return keys.subject(site, module, original), *about
-
-
-def _behind_guard(entry: Entry, candidate: Implementation) -> Implementation:
-    """What would run: a kernel for statements is called by what asks whether it may answer for the norms."""
-    if not entry.site.row.statements:
-        return candidate
-    classes = tuple(sites.original(norm) for norm in function.norms(entry.module, entry.site.name).values())
-    return dataclasses.replace(candidate, forward=fused.standing_back(candidate.forward, entry.original, classes))
-
-
-def _side(function: Callable[..., Any], module: nn.Module | None, graded: int | None) -> Callable[..., Any]:
-    """One call of what is timed; or a forward and backward, to the first `graded` arguments and to the parameters."""
-    called = function if module is None else functools.partial(function, module)
-    if graded is None:
-        return called
-    parameters = [] if module is None else [p for p in module.parameters() if p.requires_grad]
-
-    def step(*given: Tensor) -> Any:
-        leaves = [t.detach().requires_grad_(i < graded and t.is_floating_point()) for i, t in enumerate(given)]
-        roots = [t for t in pytree.tree_leaves(called(*leaves)) if isinstance(t, Tensor) and t.requires_grad]
-        wanted = [*(t for t in leaves if t.requires_grad), *parameters]
-        return torch.autograd.grad(roots, wanted, [torch.ones_like(t) for t in roots], allow_unused=True)
-
-    return step
-
-
-# -- one implementation of several ----------------------------------------------------------------------------------
-
-
-def mixture(
-    scale: samples.Scale,
-    parts: Sequence[Implementation | None],
-    original: Callable[..., Any],
-    lead: Implementation,
-    *,
-    before: int = 0,
-) -> Implementation:
-    """What `parts` say, by the size of the call's first tensor; None is the original. `lead` gives the mixture its name.
-
-    `before`: norms that a call begins with.
-
-    Where one candidate serves every bucket no such frame is needed. This one costs a comparison or two.
-    """
-    size = samples.size_of(scale)
-    steps: list[tuple[float, Callable[..., Any], bool]] = []
-    for bound, part in zip((*scale.bounds, float("inf")), parts, strict=True):
-        function = original if part is None else part.forward
-        if steps and steps[-1][1] is function:
-            steps.pop()
-        steps.append((bound, function, part is not None))
-
-    def at(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Callable[..., Any], bool]:
-        first = args[0] if args else next(iter(kwargs.values()), None)
-        if isinstance(first, Tensor):
-            n = size(first)
-            for bound, function, ours in steps:
-                if n <= bound:
-                    return function, ours
-        return original, False
-
-    skip = before + (lead.kind == "module")  # `self` comes first, and is part of the call
-
-    @functools.wraps(original)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return at(args[skip:], kwargs)[0](*args, **kwargs)
-
-    def serving(*args: Any, **kwargs: Any) -> bool:
-        return at(args[skip:], kwargs)[1]
-
-    forward.serving = serving  # type: ignore[attr-defined]  # asked by whoever counts or checks calls
-    used = [p for p in dict.fromkeys(parts) if p is not None]
-    return dataclasses.replace(
-        lead,
-        forward=forward,
-        backward=all(p.backward for p in used),
-        compiles=all(p.compiles for p in used),
-        reads=tuple(dict.fromkeys(read for p in used for read in p.reads)),
-        parts=tuple(parts),
-    )
+    return on.about(), site.dtype, keys.place(device), threads, keys.run_of(run)

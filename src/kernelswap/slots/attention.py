@@ -10,35 +10,46 @@ one of them lives. Nothing of Transformers is imported: who has such a model has
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import linecache
 import re
 import sys
-import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from ..types import Choice, Implementation, Kept, Outcome, Prover, Row, Run, Site, Swap, Unasked, Use, Verdict
-from . import attention_masks, batching, check, forwards
+from ..types import Choice, Implementation, Kept, Outcome, Prover, Row, Site, Swap, Unasked, Use
+from . import attention_calls, attention_masks, batching
 from .state import Part, Service, Standing
 
 if TYPE_CHECKING:
     import torch.nn as nn
-    from torch import Tensor
 
 LAYER = "attention"
 SPEC = "kernelswap/attention:flash_attn_forward"
-ROW = Row(layer=LAYER, kind="attention", use=(Use(SPEC),))
+ROW = Row(
+    layer=LAYER,
+    kind="attention",
+    use=(Use(SPEC),),
+    rivals=(
+        Use("installed://flash-attn:flash_attn_func", on=("cuda",)),
+        Use("kernels-community/flash-attn3@1:flash_attn_func", on=("cuda:sm90",)),
+        Use("kernels-community/flash-attn2@4:flash_attn_func", on=("cuda",)),
+    ),
+)
 _SETTING = "_attn_implementation_internal"  # behind the property, whose setter reaches into sub-configurations
 _SWITCHED = ("sdpa",)
-SMALL = 1 << 22
-"""Elements of a tensor, and 16 times as many scores, up to which a call is proved as it is; of a larger one a part."""
-ROWS = 512  # of such a part
 
-Function = Callable[..., Any]
-Provide = Callable[[str, str], "Implementation | str"]
+Kernels = Sequence[tuple[str, Implementation | str]]
+"""By spec: a kernel that may serve, or why that one may not."""
+
+
+class Choose(Protocol):
+    """Which kernel serves one mode, and what it was chosen by."""
+
+    def __call__(self, site: Site, part: nn.Module, original: Callable[..., Any], kernels: Kernels, *, training: bool) -> Choice:
+        """No implementation: the original serves."""
+        ...
 
 
 class Setting(str):
@@ -56,22 +67,40 @@ class Setting(str):
         return str, (str(self.original),)
 
 
-def outcomes(model: nn.Module, provide: Provide, *, replacing: bool = False, unasked: Unasked | None = None) -> list[Outcome]:
+def outcomes(
+    model: nn.Module,
+    offered: Callable[[Site], Kernels],
+    choose: Choose,
+    *,
+    replacing: bool = False,
+    unasked: Unasked | None = None,
+) -> list[Outcome]:
     """One for each configuration of `model` that says what computes attention, or one that says why there is none.
 
     Args:
         model: any module; it is not touched.
-        provide: `provide(spec, device)`: the kernel, or why not.
+        offered: `offered(site)`: what there is for it, one at least.
+        choose: `choose(site, part, original, kernels, training=)`: which of them serves one mode. `original` takes masks as a
+            swapped model's are made.
         replacing: a swap of ours on it is going to be undone first.
         unasked: where it serves; `None`: it was asked for by name, so wherever it can.
     """
     found = list(settings(model))
     if not found:
         return [Kept(_site(model, "", model), "it is no model of Transformers, whose setting says what computes attention")]
-    return [_outcome(model, path, part, provide, unasked, replacing=replacing) for path, part in found]
+    return [_outcome(model, path, part, offered, choose, unasked, replacing=replacing) for path, part in found]
 
 
-def _outcome(model: nn.Module, path: str, part: Any, provide: Provide, unasked: Unasked | None, *, replacing: bool) -> Outcome:
+def _outcome(
+    model: nn.Module,
+    path: str,
+    part: Any,
+    offered: Callable[[Site], Kernels],
+    choose: Choose,
+    unasked: Unasked | None,
+    *,
+    replacing: bool,
+) -> Outcome:
     setting = getattr(part.config, _SETTING)
     if isinstance(setting, Setting) and replacing:
         setting = setting.original
@@ -89,13 +118,22 @@ def _outcome(model: nn.Module, path: str, part: Any, provide: Provide, unasked: 
     why = next((why for so, why in reasons if so), None) or (unasked.keeps(part.config, site.device) if unasked else None)
     if why is not None:
         return Kept(site, why)
-    kernel = provide(SPEC, site.device)
-    if isinstance(kernel, str):
-        return Kept(site, f"{SPEC}: {kernel}", ((SPEC, kernel),))
-    kernel = dataclasses.replace(kernel, compiles=True)  # it goes by torch's operators there, which its tests cover
-    choice = Choice(kernel, verdict=Verdict(accepted=True, reason="to be proved on its first real calls"))
-    idle = Choice(None, ((SPEC, "is for training where it is asked for by name"),))
-    return Swap(site, choice, choice if unasked is None or unasked.trains else idle)
+    kernels, original = offered(site), attention_calls.understanding(_functions()[setting])
+    calm, learning = (choose(site, part, original, kernels, training=training) for training in (False, True))
+    if unasked is not None and not unasked.trains:
+        learning = Choice(None, ((SPEC, "is for training where it is asked for by name"),))
+    if calm.implementation is None and learning.implementation is None:
+        return Kept(site, _one_reason(calm, learning, kernels), calm.passed)
+    return Swap(site, calm, learning)
+
+
+def _one_reason(calm: Choice, learning: Choice, kernels: Kernels) -> str:
+    met = {spec for spec, kernel in kernels if not isinstance(kernel, str)}
+    beaten = dict(p for choice in (learning, calm) for p in choice.passed if p[0] in met or p[0] not in {LAYER, *dict(kernels)})
+    if met and beaten:
+        return "measured, and the original is the fastest: " + "; ".join(f"{spec}: {why}" for spec, why in beaten.items())
+    spec, why = calm.passed[0]
+    return f"{spec}: {why}"
 
 
 def settings(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -145,7 +183,7 @@ def _target(part: Any) -> str:
 class Switched:
     """The attention of one configuration, and of those below it that had the same setting and no outcome of their own."""
 
-    def __init__(self, part: Part, config: Any, meeting: _Meeting, setting: Setting) -> None:
+    def __init__(self, part: Part, config: Any, meeting: attention_calls.Meeting, setting: Setting) -> None:
         self.part, self.config, self.meeting, self.setting = part, config, meeting, weakref.ref(setting)
         self.original = getattr(config, _SETTING)
 
@@ -175,7 +213,7 @@ def install(model: nn.Module, swap: Swap, prover: Prover, *, every: int | None =
     standing: Standing = "accepted" if every is None else "open"
     part = Part(swap, Service(swap.inference, standing), Service(swap.training, standing))
     original = getattr(module.config, _SETTING)
-    meeting = _Meeting(part, _functions()[original], prover, every=every, compiled=compiled)
+    meeting = attention_calls.Meeting(part, _functions()[original], prover, every=every, compiled=compiled)
     name = f"{SPEC.partition(':')[0]} (swap {next(_NUMBERS)})"
     functions, masks = _registries()
     functions.register(name, meeting.function())
@@ -251,146 +289,3 @@ def _registries() -> tuple[Any, Any]:
 def _functions() -> Any:
     module = sys.modules.get("transformers.modeling_utils")
     return {} if module is None else module.ALL_ATTENTION_FUNCTIONS
-
-
-# -- a call ---------------------------------------------------------------------------------------------------------
-
-
-class _Meeting:
-    """Original and kernel: which one answers."""
-
-    def __init__(self, part: Part, original: Function, prover: Prover, *, every: int | None, compiled: bool) -> None:
-        kernel = part.inference.kernel
-        assert kernel is not None  # `outcomes` made it
-        self.part, self.original, self.kernel = part, original, kernel
-        self.prover, self.every, self.compiled = prover, every, compiled
-        self.met: set[Any] = set()
-        self.counting = False
-        self.lock, self.inside = threading.RLock(), threading.local()
-
-    def function(self) -> Function:
-        """What Transformers calls."""
-        part, kernel, original, met = self.part, self.kernel.forward, self.original, self.met
-        tracing, never = forwards.tracing_now(), self.every is None
-
-        def attention(
-            module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **kwargs: Any
-        ) -> Any:
-            service = part.training if module.training else part.inference
-            idle = service.choice.implementation is None or service.standing == "refused"
-            if tracing():
-                trusted = not idle and (service.standing == "accepted" or self.compiled)
-                return (kernel if trusted else original)(module, query, key, value, attention_mask, *args, **kwargs)
-            if idle or kwargs.get("cache") is not None:
-                if self.counting:
-                    part.count(by_kernel=False)
-                return original(module, query, key, value, _written_out(attention_mask, key), *args, **kwargs)
-            part.calls += 1
-            if not never and (self.every or _kind(module, query, key, attention_mask) not in met):
-                return self.meet(service, module, (query, key, value, attention_mask, *args), kwargs)
-            if self.counting:
-                part.count(by_kernel=True)
-            return kernel(module, query, key, value, attention_mask, *args, **kwargs)
-
-        return attention
-
-    def meet(self, service: Service, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """One call, checked where that is due."""
-        gradients = forwards.wants_gradients(args[:3])
-        kind = _kind(module, args[0], args[1], args[3])
-        output, by_kernel = check.UNANSWERED, True
-        with self.lock:
-            due = kind not in self.met or (bool(self.every) and self.part.calls % (self.every or 1) == 0)
-            if due and (getattr(self.inside, "a_check", False) or check.nothing_to_compare((args, kwargs))):
-                return self.by_original(module, *args, **kwargs)
-            if due:
-                self.inside.a_check = True
-                try:
-                    output, verdict = self.verdict(module, args, kwargs, gradients=gradients, anew=kind in self.met)
-                finally:
-                    self.inside.a_check = False
-                self.met.add(kind)
-                service.settle(verdict, whole=True)
-                by_kernel = verdict.accepted
-                if self.part.required and not by_kernel:
-                    raise check.required(self.part, self.kernel, verdict)
-        if self.counting:
-            self.part.count(by_kernel=by_kernel)
-        if output is not check.UNANSWERED:
-            return output
-        return (self.kernel.forward if by_kernel else self.by_original)(module, *args, **kwargs)
-
-    def by_original(self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, *args: Any, **kwargs: Any) -> Any:
-        """What served before, which knows no lengths."""
-        return self.original(module, query, key, value, _written_out(mask, key), *args, **kwargs)
-
-    def verdict(
-        self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, gradients: bool, anew: bool
-    ) -> tuple[Any, Verdict]:
-        """The output, where the check has one that may be the answer, and what was found."""
-        run, in_the_open = Run(training=gradients), gradients or module.training or bool(check.modes())
-        more = {"anew": True} if anew else {}
-        calls = [(args, kwargs)] if _small(args) else [_part(args, kwargs), *([] if gradients else [(args, kwargs)])]
-        output, verdict = check.UNANSWERED, Verdict(accepted=True, reason="")
-        worst = verdict
-        try:
-            with check.aside(str(args[0].device)):
-                for given, named in calls:
-                    site, kernel = self.part.site, self.kernel
-                    output, verdict = self.prover.first_call(
-                        site, module, self.by_original, kernel, run, (module, *given), named, **more
-                    )
-                    if not verdict.accepted:
-                        return check.UNANSWERED, verdict
-                    worst = verdict if worst.error_kernel is None else worst
-        except Exception as e:  # noqa: BLE001  # a kernel, or a check, may raise anything; the reason is kept
-            return check.UNANSWERED, Verdict(accepted=False, reason=f"raised {type(e).__name__} while being checked: {e}")
-        whole = len(calls) == 1 or not gradients
-        return (output if whole and not in_the_open else check.UNANSWERED), worst
-
-
-def _kind(module: Any, query: Tensor, key: Tensor, mask: Any) -> tuple[Any, ...]:
-    """What calls have in common that one check stands for."""
-    return (
-        query.shape[2] == 1,
-        query.shape[2] == key.shape[2],
-        None if mask is None else (mask.dtype, mask.shape[-1] == 1),
-        query.dtype,
-        query.device,
-        query.requires_grad,
-        module.training,
-        getattr(module, "is_causal", True),
-        getattr(module, "sliding_window", None) is None,
-    )
-
-
-def _written_out(mask: Any, key: Tensor) -> Any:
-    """A mask that everybody reads: of lengths, which keys take part, bool (B, 1, 1, keys)."""
-    import torch
-
-    if mask is None or mask.dtype is not torch.int32 or mask.ndim != 4:
-        return mask
-    live = torch.arange(key.shape[2], device=key.device) < mask[..., :1]
-    return live if mask.shape[-1] == 1 else live & (mask[..., 1:] != 0)
-
-
-def _small(args: Sequence[Any]) -> bool:
-    query, key = args[0], args[1]
-    scores = query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2]
-    return bool(max(query.numel(), key.numel(), args[2].numel()) <= SMALL and scores <= 16 * SMALL)
-
-
-def _part(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The first sequence, the first head of the keys with the query heads that share it, and of a prompt the first rows."""
-    query, key, value, mask, *rest = args
-    if kwargs.get("position_bias") is not None or kwargs.get("cu_seq_lens_q") is not None:
-        return args, kwargs
-    group, queries, keys = query.shape[1] // key.shape[1], query.shape[2], key.shape[2]
-    rows = min(queries, ROWS)
-    if rows < queries:
-        # as many keys more than queries as there were, if any: which of them a query sees goes by that
-        keys = rows if keys == queries else keys if mask is not None else min(keys, rows + 1)
-    if mask is not None:  # lengths have a column more than there are keys
-        mask = mask[:1] if not mask.is_floating_point() and mask.element_size() > 1 else mask[:1, :group, :rows, :keys]
-    named = {**kwargs, "s_aux": kwargs["s_aux"][:group]} if kwargs.get("s_aux") is not None else kwargs
-    return (query[:1, :group, :rows], key[:1, :1, :keys], value[:1, :1, :keys], mask, *rest), named
