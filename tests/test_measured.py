@@ -230,7 +230,7 @@ def test_the_first_real_call_checks_the_kernel_and_not_the_original_in_its_place
         model(torch.randn(1, 64, 256))
         assert not checked, "a size that the original serves"
         model(torch.randn(1, 4, 256))
-        assert checked == [(1, 4, 256)] * 2
+        assert set(checked) == {(1, 4, 256)}, "what is known of the first one is looked up for its like"
 
 
 def test_the_model_is_as_it_was_and_answers_as_it_did(make_swapper):
