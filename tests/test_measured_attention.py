@@ -71,19 +71,19 @@ pytestmark = pytest.mark.usefixtures("one_thread", "small_and_short")
 def small_and_short(monkeypatch):
     """Calls up to prompts of 512 tokens, and a moment for each: what wins here wins by much."""
     monkeypatch.setitem(attention_course.MOST_SCORES, "cpu", 1 << 19)
-    monkeypatch.setattr(contest, "MOST", 0.03)
-    monkeypatch.setattr(contest, "LEAST", 0.01)
+    monkeypatch.setattr(contest, "MOST", 0.1)
+    monkeypatch.setattr(contest, "LEAST", 0.05)
 
 
 @pytest.fixture
 def wasteful(monkeypatch):
-    """Make the original attention of this process take 16 times as long, where the condition says so: then a candidate wins by much."""
+    """Make the original attention of this process take 31 times as long, where the condition says so: then a candidate wins by much."""
     functions = transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS
     original = functions["sdpa"]
 
     def make(when):
         def sdpa(module, query, key, value, attention_mask, **kwargs):
-            for _ in range(15 if when(module, query) else 0):
+            for _ in range(30 if when(module, query) else 0):
                 original(module, query, key, value, attention_mask, **kwargs)
             return original(module, query, key, value, attention_mask, **kwargs)
 
