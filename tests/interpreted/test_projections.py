@@ -215,6 +215,25 @@ def test_compiled_code_calls_the_modules_in_one_graph(layers, launches):
     assert launches == []
 
 
+def test_a_flop_counter_and_fake_tensors_see_the_modules(layers, launches):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils.flop_counter import FlopCounterMode
+
+    module, forward = mlp("silu", 24, 20), layers.layers.SwiGLUMLPFused.forward
+    x = some(2, 24)
+    with torch.no_grad():
+        plain = module.plain(x)
+        counter = FlopCounterMode(display=False)
+        with counter:
+            assert relative(forward(module, x), plain) < 1e-5
+        assert counter.get_total_flops() == 3 * 2 * 2 * 24 * 20
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            assert forward(module, mode.from_tensor(x)).shape == plain.shape
+        assert "_gate_up" not in launches
+        forward(module, x)
+    assert launches[-1] == "_gate_up"
+
+
 def test_three_modules_as_the_statements_call_them(layers, launches):
     q, k, v = (torch.nn.Linear(24, n, bias=n == 8) for n in (16, 8, 4))
     projections = layers.layers.projections

@@ -167,7 +167,8 @@ def _gate_up(
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_transformed = torch._C._functorch.peek_interpreter_stack  # inside grad, vmap, jvp, ...; there is no public way to ask
+# no public ways to ask: whether this is inside grad, vmap, jvp, ...; how many modes look on (a FLOP counter, ...)
+_transformed, _watched = torch._C._functorch.peek_interpreter_stack, torch._C._len_torch_dispatch_stack
 _launches: dict[tuple[Any, ...], Any] = {}
 
 
@@ -207,7 +208,7 @@ def fits(x: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor | None, ..
     """The kernels can take these, and are to."""
     if torch.compiler.is_compiling() or type(x) not in _PLAIN or x.is_cuda is INTERPRETED or x.dtype not in _DTYPES:
         return False
-    if not few(x) or torch.is_autocast_enabled(x.device.type) or _transformed() is not None:
+    if not few(x) or torch.is_autocast_enabled(x.device.type) or _transformed() is not None or _watched():
         return False
     graded, dtype, device, k = torch.is_grad_enabled(), x.dtype, x.device, x.shape[-1]
     if graded and x.requires_grad:
