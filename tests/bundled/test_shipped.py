@@ -21,8 +21,9 @@ def test_there_are_builds_to_look_at():
     assert BUILDS
 
 
-def test_the_launcher_that_each_repository_has_for_itself_is_the_same_in_all():
+@pytest.mark.parametrize("name", ["_launch.py", "tuning.py"])
+def test_what_each_repository_has_for_itself_is_the_same_in_all(name):
     """A kernel repository imports nothing outside itself; what is mended in one is mended in all."""
-    copies = list(ROOT.glob("*/build/*/_launch.py"))
+    copies = list(ROOT.glob(f"*/build/*/{name}"))
     assert len(copies) == 3
     assert len({path.read_text() for path in copies}) == 1

@@ -6,6 +6,7 @@ Works with nothing else installed, on every device and dtype that PyTorch's atte
 Triton kernel of its own where Triton is importable. Forward and backward, except for that one token.
 """
 
+from . import tuning
 from .dense import append_token
 from .flash import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
 from .forward import flash_attn_forward, supports_flash_attn, supports_lengths
@@ -18,4 +19,5 @@ __all__ = [
     "flash_attn_with_kvcache",
     "supports_flash_attn",
     "supports_lengths",
+    "tuning",
 ]

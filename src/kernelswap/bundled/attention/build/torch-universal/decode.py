@@ -10,6 +10,8 @@ that a table orders (arXiv:2309.06180): they are read where they lie.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import INTERPRETED, bind, current_stream, multiprocessors, on
+from .tuning import bound, space
 
 try:
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
@@ -36,7 +39,9 @@ def _split(
     HK: tl.constexpr, G: tl.constexpr, BG: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr,
     BN: tl.constexpr, HAS_LEN: tl.constexpr, HAS_MASK: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, HAS_SINK: tl.constexpr,
     PAGED: tl.constexpr, PAGE: tl.constexpr, SINGLE: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
+    EVEN: tl.constexpr, EVICT: tl.constexpr,
 ):  # fmt: skip
+    """EVEN: parts differ by one block at most; else all but the last are alike, and last ones may have nothing."""
     if OVERLAP:
         gdc_launch_dependents()  # the join may take its place once every part has begun; it waits there
     split = tl.program_id(0) % splits
@@ -53,9 +58,14 @@ def _split(
     base = first
     if PAGED == 2:
         base = first // BN * BN  # so that no block reaches over the end of a page
-    per = tl.cdiv(tl.cdiv(length - base, BN), splits) * BN
-    lo = base + split * per
-    hi = tl.minimum(lo + per, length)
+    if EVEN:
+        blocks = tl.cdiv(length - base, BN)
+        lo = base + split * blocks // splits * BN
+        hi = tl.minimum(base + (split + 1) * blocks // splits * BN, length)
+    else:
+        per = tl.cdiv(tl.cdiv(length - base, BN), splits) * BN
+        lo = base + split * per
+        hi = tl.minimum(lo + per, length)
     g = tl.arange(0, BG)
     d = tl.arange(0, BD)
     dv = tl.arange(0, BDV)
@@ -91,7 +101,7 @@ def _split(
         else:
             k_at = at * sks
             v_at = at * svs
-        k = tl.load(kp + k_at[None, :] + d[:, None], mask=inside[None, :] & (d < D)[:, None], other=0.0)
+        k = tl.load(kp + k_at[None, :] + d[:, None], mask=inside[None, :] & (d < D)[:, None], other=0.0, eviction_policy=EVICT)
         s = tl.dot(q, k)
         if SOFTCAP:
             x = s * (scale / softcap)
@@ -108,7 +118,7 @@ def _split(
             p = tl.where(seen[None, :], p, 0.0)  # a part of which nothing is seen counts for nothing
         fade = tl.exp2(m - top)
         l = l * fade + tl.sum(p, axis=1)
-        v = tl.load(vp + v_at[:, None] + dv[None, :], mask=inside[:, None] & (dv < DV)[None, :], other=0.0)
+        v = tl.load(vp + v_at[:, None] + dv[None, :], mask=inside[:, None] & (dv < DV)[None, :], other=0.0, eviction_policy=EVICT)
         acc = acc * fade[:, None] + tl.dot(p.to(v.dtype), v)
         m = top
     if SINGLE:
@@ -131,16 +141,18 @@ def _split(
 def _join(
     PM, PA, SINK, O, splits, sob, soh,
     HK: tl.constexpr, G: tl.constexpr, BG: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr, BS: tl.constexpr, HAS_SINK: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    OVERLAP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
+    """BC columns of one head a program."""
     if OVERLAP:
         gdc_wait()  # for all parts, and for what they wrote
-    g = tl.program_id(0) % G
-    bh = tl.program_id(0) // G
+    part = tl.program_id(0) % (BDV // BC)
+    g = tl.program_id(0) // (BDV // BC) % G
+    bh = tl.program_id(0) // (BDV // BC) // G
     b = (bh // HK).to(tl.int64)
     h = (bh % HK).to(tl.int64)
     s = tl.arange(0, BS)
-    dv = tl.arange(0, BDV)
+    dv = part * BC + tl.arange(0, BC)
     row = (bh * splits + s).to(tl.int64) * BG + g
     m = tl.load(PM + row * 2, mask=s < splits, other=-1.0e30)
     l = tl.load(PM + row * 2 + 1, mask=s < splits, other=0.0)
@@ -157,6 +169,7 @@ def _join(
     tl.store(O + b * sob + (h * G + g) * soh + dv, tl.sum(a * w[:, None], axis=0) / total, mask=dv < DV)
 
 
+_plans: dict[tuple[Any, ...], _Plan] = {}
 _bound: dict[tuple[Any, ...], tuple[Any, Any]] = {}
 _BLOCK = 64
 _DTYPES = (torch.bfloat16, torch.float16)
@@ -205,52 +218,33 @@ def decode(
     if table is not None:
         table = table if table.stride(1) == 1 or table.shape[1] == 1 else table.contiguous()
         keys = page * table.shape[1]
-        paged = 3 if table.shape[1] == 1 else (1 if page % _BLOCK else 2)
+        paged = 3 if table.shape[1] == 1 else 1
     if sinks is not None:
         sinks = sinks.contiguous()  # the kernel reads it as an array
+        sinks = sinks.clone() if sinks.data_ptr() & 15 else sinks
     group = heads // kv_heads
     device = q.get_device()
     live = min(keys, window) if window else keys
-    # enough parts to fill the chip, none shorter than two blocks; the grid depends on the cache's size, never on `length`
-    splits = max(1, min(64, 2 * multiprocessors(device) // (batch * kv_heads), -(-live // (2 * _BLOCK))))
     out = torch.empty((batch, 1, heads, value_dim), dtype=q.dtype, device=q.device)
     qs, ks, vs = q.stride(), k.stride(), v.stride()
     strides = (qs[0], qs[1], ks[0], ks[1], ks[2], vs[0], vs[1], vs[2], heads * value_dim, value_dim)
     pq, pk, pv = q.data_ptr(), k.data_ptr(), v.data_ptr()
     odd = ((pq | pk | pv) & 15) or any(x & 15 for x in strides)
-    block_group = max(16, triton.next_power_of_2(group))
-    block_value = triton.next_power_of_2(value_dim)
-    parts = triton.next_power_of_2(splits)
     key = (
-        q.dtype, device, kv_heads, group, dim, value_dim, odd, None if length is None else length.dtype, mask is None,
-        window > 0, softcap > 0, None if sinks is None else sinks.dtype, splits == 1, parts,
-        paged, page if paged in {1, 2} else 0, None if table is None else table.dtype,
+        q.dtype, device, batch, kv_heads, group, dim, value_dim, odd, None if length is None else length.dtype, mask is None,
+        window > 0, softcap > 0, None if sinks is None else sinks.dtype, live.bit_length(),
+        paged, page if paged == 1 else 0, None if table is None else table.dtype,
     )  # fmt: skip
+    plan = _plans.get(key)
+    if plan is None:
+        plan = _plans[key] = _planned(q, k, v, length, mask, sinks, table, window > 0, softcap > 0, paged, int(odd), live)
+    # enough parts to fill the chip, none too short; the grid depends on the cache's size, never on `length`
+    splits = max(1, min(plan.most, -(-live // plan.least)))
+    block_group, block_value = plan.block_group, plan.block_value
     work = None if splits == 1 else torch.empty(
         batch * kv_heads * splits * block_group * (block_value + 2), dtype=torch.float32, device=q.device
     )
-    found = _bound.get(key)
-    if found is None:
-        example, overlap = 4096 + bool(odd), _may_overlap(device)
-        floats = q.new_empty(0, dtype=torch.float32)
-        first = bind(
-            _split,
-            (q, k, v, q if length is None else length, q if mask is None else mask, q if sinks is None else sinks)
-            + (q if table is None else table, out, floats, floats, 17, 17, 0.1, 17, 0.1, 17, 17, 17, 17)
-            + (example,) * 10,
-            device=device, num_warps=4, HK=kv_heads, G=group, BG=block_group, D=dim, BD=triton.next_power_of_2(dim),
-            DV=value_dim, BDV=block_value, BN=_BLOCK, HAS_LEN=int(length is not None), HAS_MASK=int(mask is not None), WINDOW=int(window > 0),
-            SOFTCAP=int(softcap > 0), HAS_SINK=int(sinks is not None), PAGED=paged, PAGE=page if paged in {1, 2} else 1, SINGLE=int(splits == 1), STAGES=3, OVERLAP=int(overlap and splits > 1),
-        )  # fmt: skip
-        second = None
-        if splits > 1:
-            second = bind(
-                _join, (floats, floats, q if sinks is None else sinks, out, 17, 4096, 4096 if not odd else 4097),
-                device=device, num_warps=4, HK=kv_heads, G=group, BG=block_group, DV=value_dim, BDV=block_value, BS=parts,
-                HAS_SINK=int(sinks is not None), OVERLAP=int(overlap), overlap=overlap,
-            )  # fmt: skip
-        found = _bound[key] = first, second
-    first, second = found
+    first, second = plan.launches.get(splits) or plan.launch(splits)
     p_len = pq if length is None else length.data_ptr()
     p_mask = pq if mask is None else mask.data_ptr()
     rows = 0 if length is None else length.stride(0), 0 if mask is None else mask.stride(0), 0 if table is None else table.stride(0)
@@ -266,8 +260,115 @@ def decode(
             keys, splits, scale, window, softcap, plus, *rows, *strides,
         )
         if second is not None:
-            second(batch * heads, stream, pm, pa, p_sink, po, splits, heads * value_dim, value_dim)
+            second(batch * heads * plan.columns, stream, pm, pa, p_sink, po, splits, heads * value_dim, value_dim)
     return out
+
+
+@dataclass
+class _Plan:
+    """What decides how a cache is cut into parts, and the launches for as many parts as were met."""
+
+    most: int
+    """Parts at most: what fills the chip."""
+    least: int
+    """Keys of a part at least."""
+    block_group: int
+    block_value: int
+    columns: int
+    """Programs of the join for each head."""
+    launch: Callable[[int], tuple[Any, Any]]
+    """For so many parts; keeps what it makes."""
+    launches: dict[int, tuple[Any, Any]]
+
+
+space(
+    "decode", _plans, _bound, BN=(16, 32, 64, 128), num_warps=(1, 2, 4, 8), STAGES=(1, 2, 3, 4, 5, 6),
+    WAVES=(1, 2, 3, 4),  # programs on each multiprocessor
+    LEAST=(1, 2, 4, 8),  # blocks of a part at least
+    EVEN=(0, 1), EVICT=("", "evict_first"),
+    COLUMNS=(1, 2, 4), JOIN_WARPS=(1, 2, 4, 8),  # programs of the join for each head, and their warps
+    also=(
+        {"EVEN": 1},
+        {"EVEN": 1, "EVICT": "evict_first", "COLUMNS": 4, "JOIN_WARPS": 2},
+        {"BN": 32, "STAGES": 5, "EVEN": 1},
+        {"BN": 32, "STAGES": 4, "WAVES": 3, "num_warps": 2, "EVEN": 1},
+        {"BN": 32, "STAGES": 3, "WAVES": 4, "num_warps": 2, "EVEN": 1},
+        {"BN": 128, "STAGES": 3, "WAVES": 1, "num_warps": 8, "EVEN": 1},
+        {"BN": 64, "STAGES": 6, "WAVES": 1, "num_warps": 8, "EVEN": 1},
+        {"BN": 64, "STAGES": 3, "num_warps": 2, "EVEN": 1},
+        {"BN": 64, "STAGES": 3, "num_warps": 8, "EVEN": 1},
+        {"BN": 128, "STAGES": 2, "num_warps": 4, "EVEN": 1},
+    ),
+)  # fmt: skip
+
+
+def _planned(
+    q: Tensor, k: Tensor, v: Tensor, length: Tensor | None, mask: Tensor | None, sinks: Tensor | None, table: Tensor | None,
+    windowed: bool, capped: bool, paged: int, odd: int, live: int,
+) -> _Plan:  # fmt: skip
+    batch, heads, _, dim = q.shape
+    kv_heads, page, value_dim, device = k.shape[1], k.shape[2], v.shape[3], q.get_device()
+    group = heads // kv_heads
+    block_group, block_value = max(16, triton.next_power_of_2(group)), triton.next_power_of_2(value_dim)
+    has = {"length": length is not None, "mask": mask is not None, "window": windowed, "soft cap": capped, "sinks": sinks is not None}
+    low = 1 << (live.bit_length() - 1)
+    bucket = (
+        f"{str(q.dtype).removeprefix('torch.')}; {batch} x {heads} and {kv_heads} heads of {dim} and {value_dim}; "
+        f"{low}-{2 * low - 1} keys{'' if table is None else f' in pages of {page}'}{''.join(f', {name}' for name, so in has.items() if so)}"
+    )
+    # what is kept for later binds are kinds, not memory
+    empty = q.new_empty(2)[1:] if odd > 1 else q.new_empty(0)
+    floats = q.new_empty(0, dtype=torch.float32)
+    of_length, of_mask, of_sink, of_table = (empty if t is None else t.new_empty(0) for t in (length, mask, sinks, table))
+    kinds = tuple(t.dtype for t in (empty, of_length, of_mask, of_sink, of_table))
+    default = {
+        "BN": _BLOCK, "num_warps": 4, "STAGES": 3, "WAVES": 2, "LEAST": 2, "EVEN": 0, "EVICT": "", "COLUMNS": 1, "JOIN_WARPS": 4,
+    }  # fmt: skip
+
+    def make(c: dict[str, Any]) -> _Plan:
+        columns = min(c["COLUMNS"], block_value // 16) or 1
+        limit = 64 if c["WAVES"] <= 2 else 128
+        how = paged if paged != 1 or page % c["BN"] else 2  # where blocks end with pages, a block asks for its page, not every key
+
+        def launch(splits: int) -> tuple[Any, Any]:
+            parts = triton.next_power_of_2(splits)
+            key = (
+                kinds, device, kv_heads, group, dim, value_dim, odd, *has.values(), splits == 1, parts, how,
+                page if how in {1, 2} else 0, *c.values(),
+            )  # fmt: skip
+            found = _bound.get(key)
+            if found is None:
+                found = _bound[key] = both(splits == 1, parts)
+            plan.launches[splits] = found
+            return found
+
+        def both(single: bool, parts: int) -> tuple[Any, Any]:
+            example, overlap = 4096 + bool(odd), _may_overlap(device)
+            first = bind(
+                _split,
+                (empty, empty, empty, of_length, of_mask, of_sink, of_table, empty, floats, floats)
+                + (17, 17, 0.1, 17, 0.1, 17, 17, 17, 17)
+                + (example,) * 10,
+                device=device, num_warps=c["num_warps"], HK=kv_heads, G=group, BG=block_group, D=dim, BD=triton.next_power_of_2(dim),
+                DV=value_dim, BDV=block_value, BN=c["BN"], HAS_LEN=int(has["length"]), HAS_MASK=int(has["mask"]), WINDOW=int(windowed),
+                SOFTCAP=int(capped), HAS_SINK=int(has["sinks"]), PAGED=how, PAGE=page if how in {1, 2} else 1,
+                SINGLE=int(single), STAGES=c["STAGES"], OVERLAP=int(overlap and not single), EVEN=c["EVEN"], EVICT=c["EVICT"],
+            )  # fmt: skip
+            if single:
+                return first, None
+            second = bind(
+                _join, (floats, floats, of_sink, empty, 17, 4096, 4096 + bool(odd)), device=device, num_warps=c["JOIN_WARPS"],
+                HK=kv_heads, G=group, BG=block_group, DV=value_dim, BDV=block_value, BS=parts, HAS_SINK=int(has["sinks"]),
+                OVERLAP=int(overlap), BC=block_value // columns, overlap=overlap,
+            )  # fmt: skip
+            return first, second
+
+        most = min(limit, c["WAVES"] * multiprocessors(device) // (batch * kv_heads))
+        plan = _Plan(most, c["LEAST"] * c["BN"], block_group, block_value, columns, launch, {})
+        launch(max(1, min(most, -(-live // plan.least))))
+        return plan
+
+    return bound("decode", default, bucket, device, make)  # type: ignore[no-any-return]  # what make returns
 
 
 # -- the newest key and value into a cache ------------------------------------------------------------------------------
@@ -335,7 +436,7 @@ def append(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, at: Tensor, t
     if launch is None:
         example = (1 << 32 if key[-1] else 4096) + odd
         launch = _appends[key] = bind(
-            _append, (k, v, k_cache, v_cache, at, at if table is None else table, 17, 17, 17, *(example,) * 10),
+            _append, (k, v, k_cache, v_cache, *(t.new_empty(0) for t in (at, at if table is None else table)), 17, 17, 17, *(example,) * 10),
             device=device, num_warps=1, HK=heads, D=dim, BD=triton.next_power_of_2(dim), DV=value_dim,
             BDV=triton.next_power_of_2(value_dim), PAGED=int(table is not None), PAGE=page if table is not None else 1,
         )  # fmt: skip

@@ -2,11 +2,11 @@
 
 from torch import Tensor
 
-from . import layers, rms_norm
+from . import layers, rms_norm, tuning
 from .layer_norm import layer_norm
 from .softmax import softmax
 
-__all__ = ["add_rms_norm", "layer_norm", "layers", "softmax"]
+__all__ = ["add_rms_norm", "layer_norm", "layers", "softmax", "tuning"]
 
 
 def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float, *, centered: bool = False) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ._launch import INTERPRETED, bind, current_device, current_stream, on
 from ._second import differentiable, recorded
+from .tuning import bound, size, space
 
 SILU, GELU, GELU_TANH = 0, 1, 2
 
@@ -50,22 +51,22 @@ def _act_grad(g, ACT: tl.constexpr):
 
 
 @triton.jit
-def _forward(G, U, Y, n, BLOCK: tl.constexpr, ACT: tl.constexpr):
+def _forward(G, U, Y, n, BLOCK: tl.constexpr, ACT: tl.constexpr, EVICT: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < n
-    g = tl.load(G + at, mask=inside, other=0.0).to(tl.float32)
-    u = tl.load(U + at, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(G + at, mask=inside, other=0.0, eviction_policy=EVICT).to(tl.float32)
+    u = tl.load(U + at, mask=inside, other=0.0, eviction_policy=EVICT).to(tl.float32)
     a = _act(g, ACT).to(G.dtype.element_ty).to(tl.float32)
     tl.store(Y + at, a * u, mask=inside)
 
 
 @triton.jit
-def _backward(DY, G, U, DG, DU, n, BLOCK: tl.constexpr, ACT: tl.constexpr):
+def _backward(DY, G, U, DG, DU, n, BLOCK: tl.constexpr, ACT: tl.constexpr, EVICT: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < n
-    dy = tl.load(DY + at, mask=inside, other=0.0).to(tl.float32)
-    g = tl.load(G + at, mask=inside, other=0.0).to(tl.float32)
-    u = tl.load(U + at, mask=inside, other=0.0).to(tl.float32)
+    dy = tl.load(DY + at, mask=inside, other=0.0, eviction_policy=EVICT).to(tl.float32)
+    g = tl.load(G + at, mask=inside, other=0.0, eviction_policy=EVICT).to(tl.float32)
+    u = tl.load(U + at, mask=inside, other=0.0, eviction_policy=EVICT).to(tl.float32)
     a = _act(g, ACT).to(G.dtype.element_ty).to(tl.float32)
     tl.store(DU + at, dy * a, mask=inside)
     tl.store(DG + at, dy * u * _act_grad(g, ACT), mask=inside)
@@ -76,6 +77,30 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 _forwards: dict[tuple[Any, ...], Any] = {}
 _backwards: dict[tuple[Any, ...], Any] = {}
 _BLOCK = 1024
+_AXES: dict[str, Any] = {
+    "BLOCK": (256, 512, 1024, 2048, 4096),
+    "num_warps": (1, 2, 4, 8),
+    "EVICT": ("", "evict_first"),
+    "also": ({"BLOCK": 2048, "num_warps": 8}, {"BLOCK": 512, "num_warps": 2}),
+}
+space("glu.forward", _forwards, **_AXES)
+space("glu.backward", _backwards, **_AXES)
+
+
+def _elementwise(kernel: str, fn: Any, args: tuple[Any, ...], n: int, act: str, device: int) -> tuple[Any, int]:
+    """A launch and how many elements a program has."""
+    example = (1 << 32 if n > 2147483647 else 4096) + (n & 15 != 0)
+    dtypes = dict.fromkeys(str(t.dtype).removeprefix("torch.") for t in args)
+
+    def make(c: dict[str, Any]) -> tuple[Any, int]:
+        more = {"BLOCK": c["BLOCK"], "ACT": _ACTS[act], "EVICT": c["EVICT"]}
+        return bind(fn, (*args, example), device=device, num_warps=c["num_warps"], **more), c["BLOCK"]
+
+    bucket = f"{', '.join(dtypes)}; {act}; {size(n, *_SIZES)} elements"
+    return bound(kernel, {"BLOCK": _BLOCK, "num_warps": 4, "EVICT": ""}, bucket, device, make)  # type: ignore[no-any-return]  # what make returns
+
+
+_SIZES = (65536, 16777216)
 
 
 def formula(gate: Tensor, up: Tensor, act: str = "silu") -> Tensor:
@@ -110,18 +135,16 @@ def _run(gate: Tensor, up: Tensor, act: str) -> Tensor:
     n = gate.numel()
     device = gate.get_device()
     pg, pu, py = gate.data_ptr(), up.data_ptr(), y.data_ptr()
-    key = (gate.dtype, device, act, n & 15 == 0, n > 2147483647, (pg | pu | py) & 15)
-    launch = _forwards.get(key)
-    if launch is None:
-        example = (1 << 32 if n > 2147483647 else 4096) + (n & 15 != 0)
-        launch = _forwards[key] = bind(
-            _forward, (gate, up, y, example), device=device, num_warps=4, BLOCK=_BLOCK, ACT=_ACTS[act]
-        )
+    key = (gate.dtype, device, act, n & 15 == 0, (n > 65536) + (n > 16777216) + (n > 2147483647), (pg | pu | py) & 15)
+    found = _forwards.get(key)
+    if found is None:
+        found = _forwards[key] = _elementwise("glu.forward", _forward, (gate, up, y), n, act, device)
+    launch, block = found
     if device == current_device():
-        launch(-(-n // _BLOCK), current_stream(device), pg, pu, py, n)
+        launch(-(-n // block), current_stream(device), pg, pu, py, n)
     else:
         with torch.cuda.device(device):
-            launch(-(-n // _BLOCK), current_stream(device), pg, pu, py, n)
+            launch(-(-n // block), current_stream(device), pg, pu, py, n)
     return y
 
 
@@ -143,16 +166,14 @@ class _ActMul(torch.autograd.Function):
         dg, du = torch.empty_like(gate), torch.empty_like(up)
         n, device = gate.numel(), gate.get_device()
         align = (dy.data_ptr() | gate.data_ptr() | up.data_ptr()) & 15
-        key = (gate.dtype, dy.dtype, device, ctx.act, n & 15 == 0, n > 2147483647, align)
-        launch = _backwards.get(key)
-        if launch is None:
-            example = (1 << 32 if n > 2147483647 else 4096) + (n & 15 != 0)
-            launch = _backwards[key] = bind(
-                _backward, (dy, gate, up, dg, du, example), device=device, num_warps=4, BLOCK=_BLOCK, ACT=_ACTS[ctx.act]
-            )
+        key = (gate.dtype, dy.dtype, device, ctx.act, n & 15 == 0, (n > 65536) + (n > 16777216) + (n > 2147483647), align)
+        found = _backwards.get(key)
+        if found is None:
+            found = _backwards[key] = _elementwise("glu.backward", _backward, (dy, gate, up, dg, du), n, ctx.act, device)
+        launch, block = found
         with on(device):
             launch(
-                -(-n // _BLOCK), current_stream(device),
+                -(-n // block), current_stream(device),
                 dy.data_ptr(), gate.data_ptr(), up.data_ptr(), dg.data_ptr(), du.data_ptr(), n,
             )  # fmt: skip
         return dg, du, None

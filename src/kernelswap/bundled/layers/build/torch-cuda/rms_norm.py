@@ -21,46 +21,85 @@ from torch import Tensor
 from ._launch import INTERPRETED, bind, current_device, current_stream, multiprocessors, on
 from ._stages import stages
 from ._second import differentiable, recorded
+from .tuning import bound, size, space
+
+
+@triton.jit
+def _normed(x, w, X, eps, N: tl.constexpr, OFFSET: tl.constexpr):
+    """Rows x, float32, times w; rounded as the modules round, to what X holds."""
+    rstd = 1.0 / tl.sqrt_rn(tl.sum(x * x, axis=1) / N + eps)
+    x = x * rstd[:, None]
+    if OFFSET:
+        y = x * (1.0 + w.to(tl.float32))[None, :]
+    else:
+        y = x.to(X.dtype.element_ty).to(tl.float32) * w.to(tl.float32)[None, :]
+    return y
 
 
 @triton.jit(do_not_specialize=["M", "eps"])
 def _forward(
     X, W, Y, M, eps, N: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, OFFSET: tl.constexpr, EVICT: tl.constexpr,
+    CACHE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, BLOCK)
     inside = (row < M)[:, None] & (col < N)[None, :]
     at = row.to(tl.int64)[:, None] * N + col[None, :]
-    x = tl.load(X + at, mask=inside, other=0.0, eviction_policy=EVICT).to(tl.float32)
+    x = tl.load(X + at, mask=inside, other=0.0, eviction_policy=EVICT, cache_modifier=CACHE).to(tl.float32)
     w = tl.load(W + col, mask=col < N, other=0.0)
-    rstd = 1.0 / tl.sqrt_rn(tl.sum(x * x, axis=1) / N + eps)
-    x = x * rstd[:, None]
-    if OFFSET:
-        y = x * (1.0 + w.to(tl.float32))[None, :]
-    else:
-        y = x.to(X.dtype.element_ty).to(tl.float32) * w.to(tl.float32)[None, :]
-    tl.store(Y + at, y, mask=inside)
+    tl.store(Y + at, _normed(x, w, X, eps, N, OFFSET), mask=inside)
+
+
+@triton.jit(do_not_specialize=["M", "programs", "eps"])
+def _forward_staying(
+    X, W, Y, M, programs, eps, N: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, OFFSET: tl.constexpr,
+    EVICT: tl.constexpr, CACHE: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """The same in programs that stay: the weight is read once, and the next rows are on their way."""
+    col = tl.arange(0, BLOCK)
+    w = tl.load(W + col, mask=col < N, other=0.0)
+    for block in tl.range(tl.program_id(0), tl.cdiv(M, ROWS), programs, num_stages=STAGES):
+        row = block * ROWS + tl.arange(0, ROWS)
+        inside = (row < M)[:, None] & (col < N)[None, :]
+        at = row.to(tl.int64)[:, None] * N + col[None, :]
+        x = tl.load(X + at, mask=inside, other=0.0, eviction_policy=EVICT, cache_modifier=CACHE).to(tl.float32)
+        tl.store(Y + at, _normed(x, w, X, eps, N, OFFSET), mask=inside)
 
 
 @triton.jit(do_not_specialize=["M", "eps"])
-def _add_forward(X, D, W, S, Y, M, eps, N: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, OFFSET: tl.constexpr):
+def _add_forward(
+    X, D, W, S, Y, M, eps, N: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, OFFSET: tl.constexpr, EVICT: tl.constexpr,
+    CACHE: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, BLOCK)
     inside = (row < M)[:, None] & (col < N)[None, :]
     at = row.to(tl.int64)[:, None] * N + col[None, :]
-    x = tl.load(X + at, mask=inside, other=0.0).to(tl.float32)
-    d = tl.load(D + at, mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(X + at, mask=inside, other=0.0, eviction_policy=EVICT, cache_modifier=CACHE).to(tl.float32)
+    d = tl.load(D + at, mask=inside, other=0.0, eviction_policy=EVICT, cache_modifier=CACHE).to(tl.float32)
     w = tl.load(W + col, mask=col < N, other=0.0)
     s = (x + d).to(S.dtype.element_ty)  # rounded as eager rounds the residual stream
     tl.store(S + at, s, mask=inside)
-    x = s.to(tl.float32)
-    rstd = 1.0 / tl.sqrt_rn(tl.sum(x * x, axis=1) / N + eps)
-    x = x * rstd[:, None]
-    if OFFSET:
-        y = x * (1.0 + w.to(tl.float32))[None, :]
-    else:
-        y = x.to(X.dtype.element_ty).to(tl.float32) * w.to(tl.float32)[None, :]
-    tl.store(Y + at, y, mask=inside)
+    tl.store(Y + at, _normed(s.to(tl.float32), w, X, eps, N, OFFSET), mask=inside)
+
+
+@triton.jit(do_not_specialize=["M", "programs", "eps"])
+def _add_staying(
+    X, D, W, S, Y, M, programs, eps, N: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, OFFSET: tl.constexpr,
+    EVICT: tl.constexpr, CACHE: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """The same in programs that stay."""
+    col = tl.arange(0, BLOCK)
+    w = tl.load(W + col, mask=col < N, other=0.0)
+    for block in tl.range(tl.program_id(0), tl.cdiv(M, ROWS), programs, num_stages=STAGES):
+        row = block * ROWS + tl.arange(0, ROWS)
+        inside = (row < M)[:, None] & (col < N)[None, :]
+        at = row.to(tl.int64)[:, None] * N + col[None, :]
+        x = tl.load(X + at, mask=inside, other=0.0, eviction_policy=EVICT, cache_modifier=CACHE).to(tl.float32)
+        d = tl.load(D + at, mask=inside, other=0.0, eviction_policy=EVICT, cache_modifier=CACHE).to(tl.float32)
+        s = (x + d).to(S.dtype.element_ty)
+        tl.store(S + at, s, mask=inside)
+        tl.store(Y + at, _normed(s.to(tl.float32), w, X, eps, N, OFFSET), mask=inside)
 
 
 @triton.jit(do_not_specialize=["M", "programs", "eps"])
@@ -110,7 +149,7 @@ def _sum_partials(P, DW, programs, N: tl.constexpr, BLOCK: tl.constexpr, ROWS: t
 _PLAIN = (Tensor, torch.nn.Parameter)  # subclasses (DTensor, quantised, functorch) take the formula
 _forwards: dict[tuple[Any, ...], tuple[Any, int]] = {}
 _adds: dict[tuple[Any, ...], tuple[Any, int]] = {}
-_backwards: dict[tuple[Any, ...], tuple[Any, int]] = {}
+_backwards: dict[tuple[Any, ...], tuple[Any, Any, int]] = {}
 
 
 def _tile(n: int, many: bool) -> tuple[int, int, int]:
@@ -120,6 +159,61 @@ def _tile(n: int, many: bool) -> tuple[int, int, int]:
     if many and block < 512:
         return block, 1024 // block, 4
     return block, 1, warps if many else max(2, warps)
+
+
+_BIG = 33554432
+"""Elements beyond which a hint to let go of what was read costs 4 % instead of being worth as much: the L2 of an H200."""
+_ROWS: dict[str, Any] = {
+    "ROWS": (1, 2, 4, 8),
+    "num_warps": (2, 4, 8, 16),
+    "EVICT": ("", "evict_first"),
+    "CACHE": ("", ".cg"),
+    "PROGRAMS": (0, 1, 2, 4, 8),  # that stay, on each multiprocessor; 0: as many as there are blocks of rows
+    "STAGES": (1, 2, 3, 4),
+    "needs": {"STAGES": "PROGRAMS"},
+    "also": (
+        {"num_warps": 4},
+        {"ROWS": 2, "num_warps": 8},
+        {"ROWS": 2, "num_warps": 16},
+        {"ROWS": 4, "num_warps": 16},
+        {"PROGRAMS": 4, "STAGES": 2, "num_warps": 4},
+        {"PROGRAMS": 2, "STAGES": 3, "num_warps": 8},
+        {"PROGRAMS": 2, "STAGES": 2, "ROWS": 2, "num_warps": 8},
+        {"PROGRAMS": 1, "STAGES": 3, "ROWS": 4, "num_warps": 16},
+        {"PROGRAMS": 8, "STAGES": 1, "num_warps": 4},
+    ),
+}
+space("rms_norm.forward", _forwards, **_ROWS)
+space("rms_norm.add", _adds, **_ROWS)
+space(
+    "rms_norm.backward", _backwards, ROWS=(1, 2, 4), num_warps=(2, 4, 8, 16), STAGES=(1, 2, 3, 4), PROGRAMS=(1, 2, 3, 4),
+    also=({"num_warps": 8, "ROWS": 2}, {"num_warps": 16, "PROGRAMS": 1}),
+)  # fmt: skip
+
+
+def _rowwise(
+    kernel: str, once: Any, staying: Any, args: tuple[Any, ...], n: int, rows: int, device: int, offset: int, *, evict: str
+) -> tuple[Any, int]:  # fmt: skip
+    """A launch of the forward kernels and how many rows a program has. `args`: tensors like those it is for."""
+    block, tile, warps = _tile(n, rows > 64)
+    dtypes = ", ".join(str(t.dtype).removeprefix("torch.") for t in args[:-1])
+    bucket = f"{dtypes}; {n} wide, {size(rows, 64)} rows, {size(rows * n, _BIG)} elements{', centred' * offset}"
+
+    def make(c: dict[str, Any]) -> tuple[Any, int]:
+        more = {"N": n, "BLOCK": block, "ROWS": c["ROWS"], "OFFSET": offset, "EVICT": c["EVICT"], "CACHE": c["CACHE"]}
+        if not c["PROGRAMS"]:
+            return bind(once, (*args, 17, 1e-6), device=device, num_warps=c["num_warps"], **more), c["ROWS"]
+        launch = bind(staying, (*args, 17, 17, 1e-6), device=device, num_warps=c["num_warps"], **more, STAGES=c["STAGES"])
+        most = multiprocessors(device) * c["PROGRAMS"]
+
+        def some(blocks: int, stream: int, *call: Any) -> None:
+            programs = min(blocks, most)
+            launch(programs, stream, *call[:-1], programs, call[-1])
+
+        return some, c["ROWS"]
+
+    default = {"ROWS": tile, "num_warps": warps, "EVICT": evict, "CACHE": "", "PROGRAMS": 0, "STAGES": 2}
+    return bound(kernel, default, bucket, device, make)  # type: ignore[no-any-return]  # what make returns
 
 
 def formula(x: Tensor, weight: Tensor, eps: float, offset: int = 0) -> Tensor:
@@ -167,16 +261,14 @@ def _run(x: Tensor, weight: Tensor, eps: float, offset: int) -> Tensor:
         y = torch.empty_like(x, dtype=torch.promote_types(dtype, weight.dtype))
     device = x.get_device()
     px, pw, py = x.data_ptr(), weight.data_ptr(), y.data_ptr()
-    small = rows * n <= 33554432  # measured: beyond the L2 the hint costs 4 %, within it is worth as much
+    small = rows * n <= _BIG
     key = (dtype, weight.dtype, n, device, rows > 64, offset, small, (px | pw | py) & 15)
     found = _forwards.get(key)
     if found is None:
-        block, tile, warps = _tile(n, rows > 64)
-        launch = bind(
-            _forward, (x, weight, y, 17, 1e-6), device=device, num_warps=warps, N=n, BLOCK=block, ROWS=tile, OFFSET=offset,
-            EVICT="evict_first" if small else "",
-        )
-        found = _forwards[key] = launch, tile
+        found = _forwards[key] = _rowwise(
+            "rms_norm.forward", _forward, _forward_staying, (x, weight, y), n, rows, device, offset,
+            evict="evict_first" if small else "",
+        )  # fmt: skip
     launch, tile = found
     if device == current_device():
         launch(-(-rows // tile), current_stream(device), px, pw, py, rows, eps)
@@ -221,15 +313,12 @@ def _run_add(x: Tensor, delta: Tensor, weight: Tensor, eps: float, offset: int) 
     y = torch.empty_like(x, dtype=None if offset else torch.promote_types(dtype, weight.dtype))
     device = x.get_device()
     px, pd, pw, ps, py = x.data_ptr(), delta.data_ptr(), weight.data_ptr(), s.data_ptr(), y.data_ptr()
-    key = (dtype, weight.dtype, n, device, rows > 64, offset, (px | pd | pw | ps | py) & 15)
+    key = (dtype, weight.dtype, n, device, (rows > 64) + (rows * n > _BIG), offset, (px | pd | pw | ps | py) & 15)
     found = _adds.get(key)
     if found is None:
-        block, tile, warps = _tile(n, rows > 64)
-        launch = bind(
-            _add_forward, (x, delta, weight, s, y, 17, 1e-6), device=device, num_warps=warps,
-            N=n, BLOCK=block, ROWS=tile, OFFSET=offset,
+        found = _adds[key] = _rowwise(
+            "rms_norm.add", _add_forward, _add_staying, (x, delta, weight, s, y), n, rows, device, offset, evict=""
         )  # fmt: skip
-        found = _adds[key] = launch, tile
     launch, tile = found
     with on(device):
         launch(-(-rows // tile), current_stream(device), px, pd, pw, ps, py, rows, eps)
@@ -243,8 +332,6 @@ def _run_backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float, offset: int
     dy = dy.contiguous()
     dx = torch.empty_like(x)
     device = x.get_device()
-    programs = min(multiprocessors(device) * (1 if n > 4096 else 2), rows)
-    partial = torch.empty((programs, n), dtype=torch.float32, device=x.device)
     dw = torch.empty_like(weight)
     extra = dy if ds is None else ds.contiguous()
     align = (dy.data_ptr() | x.data_ptr() | weight.data_ptr() | extra.data_ptr()) & 15
@@ -255,13 +342,23 @@ def _run_backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float, offset: int
         tile = max(1, 4096 // block) if block <= 1024 else 1
         warps = 16 if block >= 16384 else 8 if block >= 8192 else 4
         loaded = block * tile * (dy.element_size() + x.element_size() + (0 if ds is None else extra.element_size()))
-        launch = bind(
-            _backward, (dy, extra, x, weight, dx, partial, 17, 17, 1e-6), device=device, num_warps=warps,
-            N=n, BLOCK=block, ROWS=tile, OFFSET=offset, RESIDUAL=int(ds is not None), STAGES=stages(loaded, device),
-        )  # fmt: skip
-        total = bind(_sum_partials, (partial, dw, 17), device=device, num_warps=4, N=n, BLOCK=32, ROWS=64)
-        found = _backwards[key] = launch, total
-    launch, total = found
+        floats = x.new_empty(0, dtype=torch.float32)
+        total = bind(_sum_partials, (floats, dw, 17), device=device, num_warps=4, N=n, BLOCK=32, ROWS=64)
+
+        def make(c: dict[str, Any]) -> tuple[Any, Any, int]:
+            launch = bind(
+                _backward, (dy, extra, x, weight, dx, floats, 17, 17, 1e-6), device=device, num_warps=c["num_warps"],
+                N=n, BLOCK=block, ROWS=c["ROWS"], OFFSET=offset, RESIDUAL=int(ds is not None), STAGES=c["STAGES"],
+            )  # fmt: skip
+            return launch, total, multiprocessors(device) * c["PROGRAMS"]
+
+        dtypes = ", ".join(str(t.dtype).removeprefix("torch.") for t in (x, dy, extra, weight))
+        bucket = f"{dtypes}; {n} wide{', residual' * (ds is not None)}{', centred' * offset}"
+        default = {"ROWS": tile, "num_warps": warps, "STAGES": stages(loaded, device), "PROGRAMS": 1 if n > 4096 else 2}
+        found = _backwards[key] = bound("rms_norm.backward", default, bucket, device, make)
+    launch, total, most = found
+    programs = min(most, rows)
+    partial = torch.empty((programs, n), dtype=torch.float32, device=x.device)
     with on(device):
         stream = current_stream(device)
         launch(

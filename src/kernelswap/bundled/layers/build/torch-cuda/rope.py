@@ -24,17 +24,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import INTERPRETED, bind, current_device, current_stream
+from ._launch import INTERPRETED, bind, current_device, current_stream, multiprocessors
 from ._second import differentiable, recorded
 from .rms_norm import _run_backward as _norm_backward
 from .rms_norm import formula as _norm_formula
+from .tuning import bound, size, space
 
 
 @triton.jit(do_not_specialize=["S", "eps"])
 def _forward(
     Q, K, COS, SIN, QO, KO, QW, KW, S, eps, sqb, sqs, sqh, skb, sks, skh, oqb, oqs, oqh, okb, oks, okh, scb, scs,
     HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, HB: tl.constexpr, HALF: tl.constexpr,
-    NORM: tl.constexpr, INVERSE: tl.constexpr, R: tl.constexpr, REST: tl.constexpr, FORM: tl.constexpr,
+    NORM: tl.constexpr, INVERSE: tl.constexpr, R: tl.constexpr, REST: tl.constexpr, FORM: tl.constexpr, EVICT: tl.constexpr,
 ):  # fmt: skip
     """HB heads of one token a program: the q heads of a token first, then its k heads."""
     GQ: tl.constexpr = (HQ + HB - 1) // HB
@@ -47,20 +48,50 @@ def _forward(
     if group < GQ:
         _rotate(
             Q, QO, QW, COS, SIN, b * sqb + s * sqs, sqh, b * oqb + s * oqs, oqh, c, group * HB, eps,
-            HQ, D, HB, HALF, NORM, INVERSE, R, REST, FORM,
+            HQ, D, HB, HALF, NORM, INVERSE, R, REST, FORM, EVICT,
         )  # fmt: skip
     else:
         _rotate(
             K, KO, KW, COS, SIN, b * skb + s * sks, skh, b * okb + s * oks, okh, c, (group - GQ) * HB, eps,
-            HK, D, HB, HALF, NORM, INVERSE, R, REST, FORM,
+            HK, D, HB, HALF, NORM, INVERSE, R, REST, FORM, EVICT,
         )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["S", "T", "programs", "eps"])
+def _forward_staying(
+    Q, K, COS, SIN, QO, KO, QW, KW, S, T, programs, eps, sqb, sqs, sqh, skb, sks, skh, oqb, oqs, oqh, okb, oks, okh, scb, scs,
+    HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, HB: tl.constexpr, HALF: tl.constexpr,
+    NORM: tl.constexpr, INVERSE: tl.constexpr, R: tl.constexpr, REST: tl.constexpr, FORM: tl.constexpr, EVICT: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """The same in programs that stay with their group of heads and go from token to token of T."""
+    GQ: tl.constexpr = (HQ + HB - 1) // HB
+    GK: tl.constexpr = (HK + HB - 1) // HB
+    group = tl.program_id(0) % (GQ + GK)
+    first = tl.program_id(0) // (GQ + GK)
+    if group < GQ:
+        for token in tl.range(first, T, programs, num_stages=STAGES):
+            b = (token // S).to(tl.int64)
+            s = (token % S).to(tl.int64)
+            _rotate(
+                Q, QO, QW, COS, SIN, b * sqb + s * sqs, sqh, b * oqb + s * oqs, oqh, b * scb + s * scs, group * HB, eps,
+                HQ, D, HB, HALF, NORM, INVERSE, R, REST, FORM, EVICT,
+            )  # fmt: skip
+    else:
+        for token in tl.range(first, T, programs, num_stages=STAGES):
+            b = (token // S).to(tl.int64)
+            s = (token % S).to(tl.int64)
+            _rotate(
+                K, KO, KW, COS, SIN, b * skb + s * sks, skh, b * okb + s * oks, okh, b * scb + s * scs, (group - GQ) * HB, eps,
+                HK, D, HB, HALF, NORM, INVERSE, R, REST, FORM, EVICT,
+            )  # fmt: skip
 
 
 @triton.jit
 def _rotate(
     X, O, W, COS, SIN, base, sh, obase, oh, c, h0, eps,
     H: tl.constexpr, D: tl.constexpr, HB: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr, INVERSE: tl.constexpr,
-    R: tl.constexpr, REST: tl.constexpr, FORM: tl.constexpr,
+    R: tl.constexpr, REST: tl.constexpr, FORM: tl.constexpr, EVICT: tl.constexpr,
 ):  # fmt: skip
     # FORM as in the table above; PAIRS_TO_HALVES goes the other way in INVERSE
     FROM_PAIRS: tl.constexpr = FORM == 1 or FORM == 2 or (FORM == 4 and not INVERSE)
@@ -74,11 +105,11 @@ def _rotate(
     at = base + h[:, None].to(tl.int64) * sh + i[None, :]
     wide = base + h[:, None].to(tl.int64) * sh + j[None, :]
     if FROM_PAIRS:  # neighbours in one load, taken apart in registers
-        x = tl.load(X + wide, mask=pairs, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        x = tl.load(X + wide, mask=pairs, other=0.0, eviction_policy=EVICT).to(tl.float32)
         x1, x2 = tl.split(tl.reshape(x, (HB, HALF, 2)))
     else:
-        x1 = tl.load(X + at, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
-        x2 = tl.load(X + at + R // 2, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        x1 = tl.load(X + at, mask=inside, other=0.0, eviction_policy=EVICT).to(tl.float32)
+        x2 = tl.load(X + at + R // 2, mask=inside, other=0.0, eviction_policy=EVICT).to(tl.float32)
     if FORM == 2:
         c1, c2 = tl.split(tl.reshape(tl.load(COS + c + j, mask=j < R, other=0.0).to(tl.float32), (HALF, 2)))
         s1, s2 = tl.split(tl.reshape(tl.load(SIN + c + j, mask=j < R, other=0.0).to(tl.float32), (HALF, 2)))
@@ -127,6 +158,22 @@ def _rotate(
 _PLAIN = (Tensor, torch.nn.Parameter)
 _bound: dict[tuple[Any, ...], Any] = {}
 _shapes: dict[tuple[Any, ...], Callable[..., tuple[Tensor, Tensor]]] = {}
+space(
+    "rope", _bound, _shapes, HB=(1, 2, 4, 8, 16, 32, 64), num_warps=(1, 2, 4, 8), EVICT=("evict_first", ""),
+    PROGRAMS=(0, 4, 8, 16, 32),  # that stay, on each multiprocessor, for all groups of heads together; 0: one for each token and group
+    STAGES=(1, 2, 3), needs={"STAGES": "PROGRAMS"},
+    also=(
+        {"HB": 32},
+        {"HB": 8, "num_warps": 2},
+        {"HB": 8, "num_warps": 1},
+        {"HB": 16, "num_warps": 2},
+        {"HB": 32, "num_warps": 8},
+        {"HB": 4, "num_warps": 1},
+        {"HB": 8, "num_warps": 2, "PROGRAMS": 16, "STAGES": 2},
+        {"HB": 8, "num_warps": 2, "PROGRAMS": 32, "STAGES": 1},
+        {"HB": 8, "num_warps": 4, "PROGRAMS": 8, "STAGES": 3},
+    ),
+)  # fmt: skip
 MAX_SHAPES = 4096  # one entry per (q, k, cos) layout ever seen; forgotten all at once, and found again at the next call
 
 
@@ -215,11 +262,20 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1,
             a, b = rope(q[None], k[None], cos[None], sin[None], 1 + unsqueeze_dim, form)
             return a[0], b[0]
         return rope(q, k, cos[None], sin[None], 1 + unsqueeze_dim, form)
-    if torch.compiler.is_compiling() or not takes(q, k, cos, sin, unsqueeze_dim, form):
+    if torch.compiler.is_compiling() or type(q) not in _PLAIN or type(k) not in _PLAIN:
         return formula(q, k, cos, sin, unsqueeze_dim, form)
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
-        return _Rope.apply(q, k, cos, sin, unsqueeze_dim, form)  # type: ignore[no-any-return]  # autograd.Function is untyped
-    return _run(q, k, cos, sin, unsqueeze_dim, None, None, 0.0, 0, form=form)
+    key = _key(q, k, cos, sin, unsqueeze_dim, 0, 0, False, form)
+    launch = _shapes.get(key)
+    if launch is None:
+        if not takes(q, k, cos, sin, unsqueeze_dim, form):
+            return formula(q, k, cos, sin, unsqueeze_dim, form)
+        launch = _prepared(key, q, k, cos, sin, unsqueeze_dim, None, 0, 0, False, form)
+    if torch.is_grad_enabled():
+        if cos.requires_grad or sin.requires_grad:
+            return formula(q, k, cos, sin, unsqueeze_dim, form)
+        if q.requires_grad or k.requires_grad:
+            return _Rope.apply(q, k, cos, sin, unsqueeze_dim, form, launch)  # type: ignore[no-any-return]  # autograd.Function is untyped
+    return launch(q, k, cos, sin, None, None, 0.0)
 
 
 def norm_rope(
@@ -232,8 +288,8 @@ def norm_rope(
     """
     if (
         torch.compiler.is_compiling()
-        or not takes(q, k, cos, sin, unsqueeze_dim)
-        or cos.shape[2] != q.shape[3]
+        or type(q) not in _PLAIN
+        or type(k) not in _PLAIN
         or q_weight.dtype is not q.dtype
         or k_weight.dtype is not q.dtype
         or q_weight.shape != q.shape[3:]
@@ -241,10 +297,35 @@ def norm_rope(
         or q_weight.stride(0) != 1
         or k_weight.stride(0) != 1
     ):
-        return formula(_norm_formula(q, q_weight, eps, offset), _norm_formula(k, k_weight, eps, offset), cos, sin, unsqueeze_dim)
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or q_weight.requires_grad or k_weight.requires_grad):
-        return _NormRope.apply(q, k, q_weight, k_weight, cos, sin, eps, unsqueeze_dim, offset)  # type: ignore[no-any-return]  # untyped
-    return _run(q, k, cos, sin, unsqueeze_dim, q_weight, k_weight, eps, 0, 1 + offset)
+        return _both(q, k, q_weight, k_weight, cos, sin, eps, unsqueeze_dim, offset)
+    key = _key(q, k, cos, sin, unsqueeze_dim, 0, 1 + offset, False, HALVES)
+    launch = _shapes.get(key)
+    if launch is None:
+        if not takes(q, k, cos, sin, unsqueeze_dim) or cos.shape[2] != q.shape[3]:
+            return _both(q, k, q_weight, k_weight, cos, sin, eps, unsqueeze_dim, offset)
+        launch = _prepared(key, q, k, cos, sin, unsqueeze_dim, q_weight, 0, 1 + offset, False, HALVES)
+    if torch.is_grad_enabled():
+        if cos.requires_grad or sin.requires_grad:
+            return _both(q, k, q_weight, k_weight, cos, sin, eps, unsqueeze_dim, offset)
+        if q.requires_grad or k.requires_grad or q_weight.requires_grad or k_weight.requires_grad:
+            return _NormRope.apply(q, k, q_weight, k_weight, cos, sin, eps, unsqueeze_dim, offset, launch)  # type: ignore[no-any-return]  # untyped
+    return launch(q, k, cos, sin, q_weight, k_weight, eps)
+
+
+def _both(
+    q: Tensor, k: Tensor, v: Tensor, w: Tensor, cos: Tensor, sin: Tensor, eps: float, dim: int, offset: int
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return formula(_norm_formula(q, v, eps, offset), _norm_formula(k, w, eps, offset), cos, sin, dim)
+
+
+def _key(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int, inverse: int, norm: int, rows: bool, form: int
+) -> tuple[Any, ...]:
+    """Everything that `takes` and `_prepare` look at, but for the types of q and k and what wants a gradient."""
+    return (
+        q.dtype, q.shape, q.stride(), k.dtype, k.shape, k.stride(), cos.dtype, cos.shape, cos.stride(), sin.dtype, sin.shape, sin.stride(),
+        unsqueeze_dim, inverse, norm, rows, form, q.device, cos.device,
+    )  # fmt: skip
 
 
 def _run(
@@ -253,16 +334,20 @@ def _run(
     form: int = HALVES,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`norm`: 0 none, 1 Llama's, 2 Gemma's. `rows`: the outputs lie in memory token by token, whatever the inputs' order."""
-    key = (
-        q.dtype, q.shape, q.stride(), k.shape, k.stride(), cos.shape, cos.stride(), sin.stride(),
-        unsqueeze_dim, inverse, norm, rows, q.get_device(), cos.dtype, form,
-    )  # fmt: skip
-    launch = _shapes.get(key)
-    if launch is None:
-        if len(_shapes) >= MAX_SHAPES:
-            _shapes.clear()
-        launch = _shapes[key] = _prepare(q, k, cos, sin, unsqueeze_dim, q_weight, inverse, norm, rows, form)
+    key = _key(q, k, cos, sin, unsqueeze_dim, inverse, norm, rows, form)
+    launch = _shapes.get(key) or _prepared(key, q, k, cos, sin, unsqueeze_dim, q_weight, inverse, norm, rows, form)
     return launch(q, k, cos, sin, q_weight, k_weight, eps)
+
+
+def _prepared(
+    key: tuple[Any, ...], q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int,
+    weight: Tensor | None, inverse: int, norm: int, rows: bool, form: int,
+) -> Callable[..., tuple[Tensor, Tensor]]:  # fmt: skip
+    """What `_prepare` makes, kept under `key`. Only for what `takes` took, since whoever finds it does not ask again."""
+    if len(_shapes) >= MAX_SHAPES:
+        _shapes.clear()
+    launch = _shapes[key] = _prepare(q, k, cos, sin, unsqueeze_dim, weight, inverse, norm, rows, form)
+    return launch
 
 
 def _prepare(
@@ -294,23 +379,47 @@ def _prepare(
     rest = triton.next_power_of_2(dim - turned) if turned < dim else 0
     odd = any(x & 15 for x in strides)
     large = max(strides) > 2147483647
-    group = min(16, triton.next_power_of_2(max(heads, kv_heads)))  # heads per program, measured
-    blocks = batch * seq * (-(-heads // group) - (-kv_heads // group))
+    tokens = batch * seq
+    many = size(tokens, 64, 4096)
+    bucket = (
+        f"{str(dtype).removeprefix('torch.')}, {str(cos.dtype).removeprefix('torch.')}; {heads} and {kv_heads} heads of {dim}, "
+        f"{turned} turned, form {form}, {('no norm', 'norm', 'centred norm')[norm]}{', inverse' * inverse}; {many} tokens"
+    )
+    default = {
+        "HB": min(16, triton.next_power_of_2(max(heads, kv_heads))), "num_warps": 4, "EVICT": "evict_first",
+        "PROGRAMS": 0, "STAGES": 2,
+    }  # fmt: skip
 
-    def compiled(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, low: int) -> Any:
-        key = (dtype, cos.dtype, heads, kv_heads, dim, turned, form, device, inverse, norm, odd, large, low)
-        launch = _bound.get(key)
-        if launch is None:
-            example = (1 << 32 if large else 4096) + odd
-            extra = weight if weight is not None else q
-            launch = _bound[key] = bind(
-                _forward, (q, k, cos, sin, q, k, extra, extra, 17, 1e-6, *((example,) * 14)), device=device, num_warps=4,
-                HQ=heads, HK=kv_heads, D=dim, HB=group, HALF=triton.next_power_of_2(turned // 2), NORM=norm, INVERSE=inverse,
-                R=turned, REST=rest, FORM=form,
-            )  # fmt: skip
-        return launch
+    def compiled(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, low: int) -> tuple[Any, int]:
+        key = (dtype, cos.dtype, heads, kv_heads, dim, turned, form, device, inverse, norm, odd, large, many, low)
+        found = _bound.get(key)
+        if found is None:
 
-    launches: dict[int, Any] = {}
+            def make(c: dict[str, Any]) -> tuple[Any, int, int]:
+                example = (1 << 32 if large else 4096) + odd
+                extra = weight if weight is not None else q
+                counts, more = ((17,), {}) if not c["PROGRAMS"] else ((17, 17, 17), {"STAGES": c["STAGES"]})
+                launch = bind(
+                    _forward_staying if c["PROGRAMS"] else _forward,
+                    (q, k, cos, sin, q, k, extra, extra, *counts, 1e-6, *((example,) * 14)), device=device, num_warps=c["num_warps"],
+                    HQ=heads, HK=kv_heads, D=dim, HB=c["HB"], HALF=triton.next_power_of_2(turned // 2), NORM=norm, INVERSE=inverse,
+                    R=turned, REST=rest, FORM=form, EVICT=c["EVICT"], **more,
+                )  # fmt: skip
+                groups = -(-heads // c["HB"]) - (-kv_heads // c["HB"])
+                return launch, groups, c["PROGRAMS"] and max(1, multiprocessors(device) * c["PROGRAMS"] // groups)
+
+            found = _bound[key] = bound("rope", default, bucket, device, make)
+        launch, groups, most = found
+        if not most:
+            return launch, tokens * groups
+        programs = min(most, tokens)
+
+        def staying(blocks: int, stream: int, *call: Any) -> None:
+            launch(blocks, stream, *call[:9], tokens, programs, *call[9:])
+
+        return staying, programs * groups
+
+    launches: dict[int, tuple[Any, int]] = {}
 
     def run(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, qw: Any, kw: Any, eps: float) -> tuple[Tensor, Tensor]:
         if rows or dense:
@@ -320,9 +429,10 @@ def _prepare(
         pq, pk, pc, ps = q.data_ptr(), k.data_ptr(), cos.data_ptr(), sin.data_ptr()
         pw, pv = (qw.data_ptr(), kw.data_ptr()) if norm else (pq, pk)
         low = (pq | pk | pc | ps | pw | pv) & 15
-        launch = launches.get(low)
-        if launch is None:
-            launch = launches[low] = compiled(q, k, cos, sin, low)
+        found = launches.get(low)
+        if found is None:
+            found = launches[low] = compiled(q, k, cos, sin, low)
+        launch, blocks = found
         if device == current_device():
             launch(blocks, current_stream(device), pq, pk, pc, ps, a.data_ptr(), b.data_ptr(), pw, pv, seq, eps, *strides)
         else:
@@ -344,17 +454,21 @@ def _like(x: Tensor, unsqueeze_dim: int, rows: bool, dense: bool) -> Tensor:
 
 class _Rope(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int, form: int) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int, form: int, launch: Any
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         ctx.save_for_backward(cos, sin)
         ctx.unsqueeze_dim, ctx.form = unsqueeze_dim, form
-        return _run(q, k, cos, sin, unsqueeze_dim, None, None, 0.0, 0, form=form)
+        if launch is None:
+            return _run(q, k, cos, sin, unsqueeze_dim, None, None, 0.0, 0, form=form)
+        return launch(q, k, cos, sin, None, None, 0.0)  # type: ignore[no-any-return]  # two tensors
 
     @staticmethod
     def backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]  # torch types *Any
         cos, sin = ctx.saved_tensors
         if recorded():  # linear in the gradients
-            return *_RopeBack.apply(dq, dk, cos, sin, ctx.unsqueeze_dim, ctx.form), None, None, None, None
-        return *_run(dq, dk, cos, sin, ctx.unsqueeze_dim, None, None, 0.0, 1, form=ctx.form), None, None, None, None
+            return *_RopeBack.apply(dq, dk, cos, sin, ctx.unsqueeze_dim, ctx.form), None, None, None, None, None
+        return *_run(dq, dk, cos, sin, ctx.unsqueeze_dim, None, None, 0.0, 1, form=ctx.form), None, None, None, None, None
 
 
 class _RopeBack(torch.autograd.Function):
@@ -366,18 +480,18 @@ class _RopeBack(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, q: Tensor, k: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]  # torch types *Any
-        return *_Rope.apply(q, k, *ctx.saved_tensors, ctx.unsqueeze_dim, ctx.form), None, None, None, None
+        return *_Rope.apply(q, k, *ctx.saved_tensors, ctx.unsqueeze_dim, ctx.form, None), None, None, None, None
 
 
 class _NormRope(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float, dim: int,
-        offset: int,
+        offset: int, launch: Any,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         ctx.save_for_backward(q, k, q_weight, k_weight, cos, sin)
         ctx.eps, ctx.dim, ctx.offset = eps, dim, offset
-        return _run(q, k, cos, sin, dim, q_weight, k_weight, eps, 0, 1 + offset)
+        return launch(q, k, cos, sin, q_weight, k_weight, eps)  # type: ignore[no-any-return]  # two tensors
 
     @staticmethod
     def backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Any, ...]:  # type: ignore[override]  # torch types *Any
@@ -386,9 +500,9 @@ class _NormRope(torch.autograd.Function):
             eps, dim, offset = ctx.eps, ctx.dim, ctx.offset
 
             def both(q: Tensor, k: Tensor, v: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-                return formula(_norm_formula(q, v, eps, offset), _norm_formula(k, w, eps, offset), cos, sin, dim)
+                return _both(q, k, v, w, cos, sin, eps, dim, offset)
 
-            return *differentiable(both, (q, k, q_weight, k_weight), dq, dk), None, None, None, None, None
+            return *differentiable(both, (q, k, q_weight, k_weight), dq, dk), None, None, None, None, None, None
         dq, dk = _run(dq, dk, cos, sin, ctx.dim, None, None, 0.0, 1, rows=True)
         # (B, H, S, D) as the model lays it out is (B, S, H, D) in memory, and so are dq and dk now: permuted, none is copied
         order = (0, 2, 1, 3) if ctx.dim == 1 else (0, 1, 2, 3)
@@ -397,4 +511,4 @@ class _NormRope(torch.autograd.Function):
             rows = x.permute(order).contiguous()
             dx, dw = _norm_backward(d.permute(order).contiguous(), rows, w, ctx.eps, ctx.offset, None)
             out.append((dx.permute(order), dw))
-        return out[0][0], out[1][0], out[0][1], out[1][1], None, None, None, None, None
+        return out[0][0], out[1][0], out[0][1], out[1][1], None, None, None, None, None, None

@@ -4,8 +4,8 @@
 `torch.nn.functional.cross_entropy` reads them a few rows at a time and keeps none.
 """
 
-from . import layers
+from . import layers, tuning
 from .lazy import LazyLogits
 from .loss import linear_cross_entropy
 
-__all__ = ["LazyLogits", "layers", "linear_cross_entropy"]
+__all__ = ["LazyLogits", "layers", "linear_cross_entropy", "tuning"]

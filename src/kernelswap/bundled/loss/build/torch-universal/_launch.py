@@ -53,8 +53,11 @@ def bind(fn: Any, args: tuple[Any, ...], *, device: int, num_warps: int, num_sta
     Constants must be the last parameters of `fn`, in the order given. `args` are not touched: nothing runs.
     overlap: the launch may begin before the kernel ahead of it on the stream has ended, and `fn` waits for that one itself
     (programmatic dependent launch, compute capability 9.0 on). `STAGES` among the constants is how many blocks of a loop are on
-    their way at once; where their memory is more than this GPU has, there are fewer.
+    their way at once; where their memory is more than this GPU has, there are fewer. Where one tensor is not aligned to 16 bytes, none
+    is taken to be: callers tell launches apart by the low bits of all pointers together.
     """
+    if any(isinstance(a, torch.Tensor) and a.data_ptr() & 15 for a in args):
+        args = tuple(a.new_empty(2)[1:] if isinstance(a, torch.Tensor) else a for a in args)
     while True:
         try:
             return _bound(fn, args, device, num_warps, num_stages, overlap, constants)

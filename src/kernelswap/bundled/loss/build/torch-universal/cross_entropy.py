@@ -18,6 +18,7 @@ from torch import Tensor
 from ._launch import INTERPRETED, bind, current_stream, multiprocessors, on
 from .formula import Terms
 from .formula import losses as formula
+from .tuning import bound, space
 
 
 @triton.jit
@@ -117,6 +118,15 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _bound: dict[tuple[Any, ...], Any] = {}
 _scales: dict[tuple[Any, ...], Any] = {}
+space(
+    "cross_entropy", _bound, BLOCK=(4096, 8192, 16384, 32768), num_warps=(4, 8, 16, 32), STAGES=(1, 2, 3),
+    also=(
+        {"BLOCK": 16384, "num_warps": 16},
+        {"BLOCK": 16384, "num_warps": 32},
+        {"BLOCK": 8192, "num_warps": 16},
+        {"BLOCK": 4096, "num_warps": 8, "STAGES": 2},
+    ),
+)  # fmt: skip
 
 
 def sweep(
@@ -138,11 +148,18 @@ def sweep(
     if launch is None:
         # measured: the larger the block, the fewer rows share the L2; terms that keep more beside each logit would spill at 32768
         block = min(16384 if modes[0] == 2 or modes[1] else 32768, max(8, triton.next_power_of_2(vocab)))
-        launch = _bound[key] = bind(
-            _sweeps, (z, target, loss, lse, out, by, -100, 0.5, 0.5, 0.5, 0.5), device=device,
-            num_warps=max(4, block // 1024), V=vocab, BLOCK=block, STAGES=1,
-            SHAPE=modes[0], SMOOTH=modes[1], LOSSES=modes[2], GRAD=modes[3], STEP=modes[4],
-        )  # fmt: skip
+
+        def make(c: dict[str, Any]) -> Any:
+            return bind(
+                _sweeps, (z, target, loss, lse, out, by, -100, 0.5, 0.5, 0.5, 0.5), device=device,
+                num_warps=c["num_warps"], V=vocab, BLOCK=c["BLOCK"], STAGES=c["STAGES"],
+                SHAPE=modes[0], SMOOTH=modes[1], LOSSES=modes[2], GRAD=modes[3], STEP=modes[4],
+            )  # fmt: skip
+
+        default = {"BLOCK": block, "num_warps": max(4, block // 1024), "STAGES": 1}
+        wanted = ("losses" * modes[2], "gradient" * modes[3], ("", "scaled", "soft cap")[shape], "smoothing" * modes[1])
+        bucket = f"{str(z.dtype).removeprefix('torch.')}; {vocab} wide; {', '.join(filter(None, wanted))}"
+        launch = _bound[key] = bound("cross_entropy", default, bucket, device, make)
     with on(device):
         launch(
             rows, current_stream(device), z.data_ptr(), target.data_ptr(), loss.data_ptr(), lse.data_ptr(), out.data_ptr(),

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .formula import Terms, shaped
 from .formula import losses as formula
+from .tuning import choose, space
 
 WORKSPACE = {"cpu": 64 << 20}
 """Bytes of float32 logits at a time, by type of device; two of this size live at once."""
@@ -163,11 +164,35 @@ def _weights(weight: Tensor, pieces: int, *, on_gpu: bool) -> tuple[Tensor, Call
     return total, add
 
 
+_cuts: dict[tuple[Any, ...], tuple[int, int]] = {}
+space(
+    "linear_cross_entropy", _cuts,
+    MIB=(148, 296, 592, 594),  # 594: 2048 rows of 151936 in bfloat16, of which 592 holds 1920
+    EVEN=(0, 1),
+    also=({"MIB": 594}, {"MIB": 592, "EVEN": 1}, {"MIB": 594, "EVEN": 1}),
+)  # fmt: skip
+
+
+def _cut(rows: int, vocab: int, x: Tensor) -> tuple[int, int]:
+    """Bytes of logits at a time where the kernel serves, and whether pieces are to be equally long."""
+    key = (x.dtype, vocab, x.shape[1], rows.bit_length(), x.device)
+    found = _cuts.get(key)
+    if found is None:
+        low = 1 << max(0, rows.bit_length() - 1)
+        bucket = f"{str(x.dtype).removeprefix('torch.')}; {x.shape[1]} to {vocab}; {low}-{2 * low - 1} rows"
+        chosen = choose("linear_cross_entropy", {"MIB": KERNEL >> 20, "EVEN": 0}, bucket, x.get_device())
+        found = _cuts[key] = chosen["MIB"] << 20, chosen["EVEN"]
+    return found
+
+
 def _step(rows: int, vocab: int, x: Tensor, workspace: int | None, *, on_gpu: bool) -> int:
     """Rows of a piece."""
     if on_gpu:
-        step = max(1, (workspace or KERNEL) // max(1, vocab * x.element_size()))
+        held, even = (workspace, 0) if workspace else _cut(rows, vocab, x)
+        step = max(1, held // max(1, vocab * x.element_size()))
         step = step // 128 * 128 or step  # whole tiles of the matrix product
+        if even and step >= 128:
+            step = -(-rows // -(-rows // step) // 128) * 128
     else:
         step = max(LEAST, (workspace or WORKSPACE.get(x.device.type, ELSEWHERE)) // (4 * max(1, vocab)))
     return min(max(1, rows), step)
