@@ -111,18 +111,33 @@ def captured(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
 
 
 def _events(runs: dict[str, Call], counts: dict[str, int], replays: int, *, spin: int) -> dict[str, tuple[float, float]]:
+    times = turns(runs, counts, replays, spin=spin)
+    return {name: (statistics.median(t), _spread(t)) for name, t in times.items()}
+
+
+def turns(runs: dict[str, Call], counts: dict[str, int], replays: int, *, spin: int = 200_000) -> dict[str, list[float]]:
+    """Microseconds of one of each run's calls, turn by turn; all take turns, and the first one is forgotten."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(replays + 1):
         for name in list(runs) if turn % 2 else list(reversed(runs)):
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            torch.cuda._sleep(spin)
-            start.record()
-            runs[name]()
-            end.record()
-            torch.cuda.synchronize()
+            took = _once(runs[name], spin)
             if turn:
-                times[name].append(start.elapsed_time(end) * 1e3 / counts[name])
-    return {name: (statistics.median(t), _spread(t)) for name, t in times.items()}
+                times[name].append(took / counts[name])
+    return times
+
+
+def _once(run: Call, spin: int) -> float:
+    if not CUDA:
+        began = time.perf_counter()
+        run()
+        return (time.perf_counter() - began) * 1e6
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda._sleep(spin)
+    start.record()
+    run()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) * 1e3
 
 
 def wall_ms(

@@ -13,7 +13,7 @@ ROWS = [
     {"spec", "variant", "metadata", "lock", "table", "render", "mode", "policy", "reads", "record", "tree", "buildfile", "sbom"},
     {"resolve", "layers", "report", "mapping"},
     {"backends", "sources", "verifiers", "slots", "toolchain"},
-    {"machine", "store", "loader", "sites", "signature", "build", "background", "audit", "job", "locking", "replay"},
+    {"machine", "store", "loader", "sites", "signature", "build", "background", "audit", "job", "locking", "replay", "tuning"},
     {"plan", "required", "apply", "proof", "provider", "whole"},
     {"api"},
     {"adapters", "compat", "bench", "forecast", "serve", "bundling", "verifying"},

@@ -45,6 +45,7 @@ from .sources.environment import Environment
 from .sources.hub_client import HubClient
 from .sources.installed import InstalledSource
 from .store import Store
+from .tuning import Tunings, hand_in
 from .types import (
     Artifact,
     Candidate,
@@ -68,6 +69,10 @@ from .verifiers.signature import SignatureVerifier
 Build = Literal["background", "wait", "never"]
 MEMOISED = {"hub", "bundled", "folder", "bundle", "installed"}
 """Sources whose kernels do not change under their names while a process runs. A directory may be edited."""
+
+
+OURS = {"bundled", "bundle"}
+"""Sources of kernels that came with this package, or with a bundle of it: they may ask for measured configurations."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +129,7 @@ class Provider:
         self.verifiers = tuple(_verifiers(environment, self.sources.get("hub"), policy, lock) if verifiers is None else verifiers)
         self.store = store or Store(environment.cache)
         self.audit = Audit(self.store.cache / "audit.jsonl")
+        self.tunings = Tunings(self.store.cache / "tuning")
         self._job = Job.of(self.store.cache, environment.job)
         self._machine = machine
         self._lock = threading.RLock()
@@ -216,7 +222,9 @@ class Provider:
                 raise SpecError("a layer must be named", text=text, span=(len(text), len(text)), todo=f"{text}:RMSNorm, say")
             kernel = self.kernel(text, device=device, terms=terms)
             found = layers.function(kernel, layer) if kind == "function" else layers.implementation(kernel, layer)
-            found = replace(found, builds=self._judged.get(_bytes_of(kernel.artifact.candidate), ()))
+            found = replace(
+                found, builds=self._judged.get(_bytes_of(kernel.artifact.candidate), ()), tuned=self._tuned(kernel.artifact, device)
+            )
             if kernel.artifact.candidate.source in MEMOISED:
                 self._implementations[text, device, kind] = found
             return found
@@ -247,6 +255,13 @@ class Provider:
         """What the hub reports goes to whoever asked for the kernel."""
         if self._terms.progress is not None:
             self._terms.progress(step, done, total)
+
+    def _tuned(self, artifact: Artifact, device: str) -> tuple[str, ...]:
+        """See `Implementation.tuned`."""
+        kind, _, index = device.partition(":")
+        if artifact.candidate.source not in OURS or kind != "cuda":
+            return ()
+        return self.tunings.tuned(artifact.digest, int(index or 0))
 
     def _turn(self, requirement: Requirement) -> contextlib.AbstractContextManager[None]:
         """For what is on a hub, one process of a job at a time."""
@@ -314,7 +329,10 @@ class Provider:
         try:
             if why_not is not None:
                 raise LoadFailed(why_not, asked=f"importing {artifact.candidate.requirement}")
-            return loader.load(artifact, reverify=self.store.reverify)
+            kernel = loader.load(artifact, reverify=self.store.reverify)
+            if artifact.candidate.source in OURS:
+                hand_in(kernel.module, artifact.digest, self.tunings)
+            return kernel
         except KernelSwapError as e:
             self.audit.failed(artifact, e.reason)
             raise

@@ -287,6 +287,8 @@ def _block(row: Outcome, calls: Mapping[str, int] | None) -> str:
             lines.append(
                 f"    from {a.candidate.source} {a.candidate.name} at {short(a.candidate.commit)}, digest {short(a.digest)}"
             )
+        if choice.implementation is not None and choice.implementation.tuned:
+            lines.append(f"    configurations measured on this device: {', '.join(choice.implementation.tuned)}")
         lines += [f"    {text}" for text in ([_verdict(choice.verdict)] if choice.verdict is not None else [])]
         lines += [f"    {measured(choice)}"] if choice.measured else []
         lines += [f"    passed over {spec}: {why}" for spec, why in choice.passed]
@@ -361,6 +363,7 @@ def _choice_json(choice: Choice, side: str) -> dict[str, Any]:
             "compiles": found.compiles,
             "reads": list(found.reads),
             "other_builds": [{"variant": variant, "why": why} for variant, why in _other_builds(found)],
+            "tuned": list(found.tuned),
         },
         "why": why_chosen(choice, side) if found is not None else None,
         "verdict": verdict_json(choice.verdict) if choice.verdict is not None else None,

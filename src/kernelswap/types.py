@@ -303,6 +303,8 @@ class Implementation:
 
     builds: tuple[Judged, ...] = field(default=(), repr=False, compare=False)
     """What was considered when the build was chosen, best first."""
+    tuned: tuple[str, ...] = field(default=(), compare=False)
+    """Which functions of its kernel are launched with configurations that were measured on this device, in words."""
 
     def cannot(self, run: Run) -> str | None:
         """Why this cannot serve `run`, or `None`."""

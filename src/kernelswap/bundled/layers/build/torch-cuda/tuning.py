@@ -113,8 +113,9 @@ class Trial:
     What it has bound is kept from one time to the next, so that two trials may take turns.
     """
 
-    def __init__(self, kernel: str, change: Mapping[str, Any]) -> None:
-        self.kernel, self.change = kernel, dict(change)
+    def __init__(self, kernel: str, change: Mapping[str, Any], bucket: str | None = None) -> None:
+        """`bucket`: the only one that is changed; by default all that are met."""
+        self.kernel, self.change, self.bucket = kernel, dict(change), bucket
         self.defaults: dict[str, Config] = {}
         """By the buckets that were asked for."""
         self._mine: list[dict[Any, Any]] = [{} for _ in SPACES[kernel].caches]
@@ -122,6 +123,8 @@ class Trial:
 
     def of(self, bucket: str, default: Config) -> Config:
         self.defaults[bucket] = default
+        if self.bucket not in {None, bucket}:
+            return default
         return {**default, **{name: value for name, value in self.change.items() if name in default}}
 
     def __enter__(self) -> Trial:
