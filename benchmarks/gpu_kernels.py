@@ -10,7 +10,6 @@ rate. Rows are written as they come; `--add` keeps what OUT.json has of other ke
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
 import sys
 import time
@@ -25,6 +24,7 @@ import gpu_projections
 import targets
 import torch
 import torch.nn.functional as F
+from gpu_kernel_files import Kernels
 from gpu_rows import BF, Board, copies, fit, randn, rows_of
 from gpu_timing import CUDA, DEVICE, element_wise_bandwidth, empty_cache, host_us, matrix_rate, read_bandwidth
 
@@ -44,6 +44,9 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--only", default=",".join(KERNELS), help=f"of {','.join(KERNELS)}")
     parser.add_argument("--add", action="store_true", help="keep the rows of other kernels in OUT.json")
+    parser.add_argument(
+        "--untuned", action="store_true", help="with the configurations of the formulas, whatever was measured here"
+    )
     parser.add_argument("--seconds", type=float, default=150.0, help="from three quarters of it on nothing more is compiled")
     given = parser.parse_args()
     given.only = set(given.only.upper().split(","))
@@ -52,16 +55,6 @@ def arguments() -> argparse.Namespace:
     if not CUDA and os.environ.get("TRITON_INTERPRET") != "1":
         raise SystemExit("this benchmark needs an NVIDIA GPU; PyTorch sees none here")
     return given
-
-
-def kernels(folder: str, *names: str) -> types.SimpleNamespace:
-    """The files of a bundled build as modules: functions below the layers, as the layers call them."""
-    import kernelswap
-
-    package = types.ModuleType("benchmarked_" + folder.partition("/")[0])
-    package.__path__ = [str(Path(kernelswap.__file__).parent / "bundled" / folder)]
-    sys.modules[package.__name__] = package
-    return types.SimpleNamespace(**{n: importlib.import_module(f"{package.__name__}.{n}") for n in names})
 
 
 def eager_rms(x: torch.Tensor, w: torch.Tensor, eps: float = EPS) -> torch.Tensor:
@@ -255,18 +248,20 @@ def main(asked: argparse.Namespace) -> int:
     board = Board(
         asked.out, quick=asked.quick, seconds=asked.seconds, only=asked.only, kept=rows_of(asked.out) if asked.add else ()
     )
-    layers = kernels("layers/build/torch-cuda", "rms_norm", "glu", "rope", "projections")
-    loss = kernels("loss/build/torch-universal", "cross_entropy", "loss")
-    attention = kernels("attention/build/torch-universal", "decode", "dense", "forward")
+    kernels = Kernels(tuned=not asked.untuned)
+    layers, loss, attention = (kernels.of(f"kernelswap/{name}") for name in ("layers", "loss", "attention"))
     board.bandwidth, board.read, board.rate = element_wise_bandwidth(), read_bandwidth(), matrix_rate()
     board.about = {
         "peers": gpu_peers.WHY,
         "quick": asked.quick,
+        "tuned": kernels.tuned(),
         "ceilings": {"element_wise": board.bandwidth, "read": board.read, "matrix": board.rate},
     }
     print(
         f"element-wise {board.bandwidth / 1e12:.2f} TB/s, read {board.read / 1e12:.2f} TB/s, bf16 {board.rate / 1e12:.0f} TFLOP/s"
     )
+    for text in board.about["tuned"]:
+        print(f"tuned: {text}"[:79])
     for name, why in gpu_peers.WHY.items():
         print(f"{name}: {why}"[:79])
     print(f"{'kernel':22} {'shape':16} {'time':>12} {'floor':>5} over the next best")

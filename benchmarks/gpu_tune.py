@@ -13,7 +13,8 @@ Kept in the directory of the cache (`tuning/`), and with what was tried in OUT.j
 from __future__ import annotations
 
 import argparse
-import datetime
+import datetime as dt
+import json
 import os
 import statistics
 import sys
@@ -23,9 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_kernel_files import Kernels
 from gpu_rows import _copy, _double, _run
 from gpu_timing import CUDA, captured, empty_cache, first_line, free_bytes, relative, turns, write
-from gpu_tune_cases import Case, Kernels, cases
+from gpu_tune_cases import Case, cases
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
@@ -43,9 +45,10 @@ class Bucket:
 
     def __init__(self, case: Case, kernels: Kernels, name: str, bucket: str) -> None:
         self.case, self.name, self.bucket = case, name, bucket
-        self.tuning = kernels.tuning(case.repository)
+        self.tuning = kernels.of(case.repository).tuning
         self.space = self.tuning.SPACES[name]
         self.inputs = case.inputs()
+        self.kinds: set[torch.dtype] = set()
         self.wrong: list[dict[str, Any]] = []
         self.left_out: list[dict[str, Any]] = []
         self.tried: list[dict[str, Any]] = []
@@ -69,10 +72,14 @@ class Bucket:
 
     def _errors(self, trial: Any, args: Any, dy: Any, exact: Sequence[Tensor]) -> list[float]:
         copied = tuple(_copy(t) for t in args)
+        # the memory that results will lie in holds NaN, not the right answer of the configuration before
+        poison = [torch.full(t.shape, float("nan"), dtype=kind, device=t.device) for kind in self.kinds for t in exact]
+        del poison
         with trial:
             got = _run(self.case.call, copied, dy, self.case.wanted)
         if not all(torch.equal(a.detach(), b) for a, b in zip(copied, args, strict=True) if torch.is_tensor(a)):
             return [float("inf")]  # it wrote to an input
+        self.kinds = {t.dtype for t in got}
         return [relative(a, b) for a, b in zip(got, exact, strict=True)]
 
     def mistaken(self, trial: Any) -> float | None:
@@ -136,19 +143,22 @@ class Bucket:
         self.tried.append({**change, "us": round(took["this"], 3), "times": round(ratio, 4)})
         return ratio
 
-    def search(self, until: float) -> dict[str, Any]:
-        """The record of this bucket."""
-        default, best, best_ratio, complete = self.runner({}), dict[str, Any](), 1.0, True
-        seen = [self.space.reduced(self.default)]
+    def search(self, until: float, former: dict[str, Any]) -> dict[str, Any]:
+        """The record of this bucket. It goes on from `former`, and tries one configuration at least."""
+        default, complete = self.runner({}), True
+        best, best_ratio = former.get("best") or dict[str, Any](), former.get("times", 1.0)
+        changes: list[dict[str, Any]] = list(former.get("seen", ()))
+        seen = [self.space.reduced({**self.default, **change}) for change in ({}, *changes)]
         todo = [dict(c) for c in self.space.also if set(c) <= set(self.default)]
         while todo:
             change = todo.pop(0)
             config = self.space.reduced({**self.default, **change})
             if config not in seen:
-                if time.monotonic() > until:
+                if time.monotonic() > until and len(changes) > len(former.get("seen", ())):
                     complete = False
                     break
                 seen.append(config)
+                changes.append(change)
                 ratio = self.attempt(change, default)
                 if ratio > best_ratio:
                     best, best_ratio = change, ratio
@@ -166,10 +176,11 @@ class Bucket:
             record["default_us"] = min(t["us"] * t["times"] for t in self.tried)
         return {
             **{k: round(v, 4) if isinstance(v, float) else v for k, v in record.items()},
-            "tried": len(seen),
-            "wrong": len(self.wrong),
-            "left_out": len(self.left_out),
-            "when": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+            "tried": len(changes),
+            "wrong": len(self.wrong) + former.get("wrong", 0),
+            "left_out": len(self.left_out) + former.get("left_out", 0),
+            "seen": changes,
+            "when": dt.datetime.now(dt.timezone.utc).strftime("%Y-%m-%d"),
         }
 
 
@@ -177,34 +188,41 @@ class Run:
     """One run of the tuner: its rows, and where choices are kept."""
 
     def __init__(self, asked: argparse.Namespace) -> None:
-        from kernelswap.tuning import Tunings, place
-
         self.asked = asked
         self.kernels = Kernels(asked.cache)
-        self.tunings = Tunings(self.kernels.cache / "tuning")
-        self.place = place(torch.cuda.current_device() if CUDA else -1)
+        self.tunings, self.place = self.kernels.tunings, self.kernels.place
         self.rows: list[dict[str, Any]] = []
+        if asked.add and asked.out is not None and asked.out.is_file():
+            self.rows = json.loads(asked.out.read_text()).get("tuned", [])
         self.files: set[str] = set()
         self.failed = 0
+        self.looked: set[tuple[str, str]] = set()
         self.end = time.monotonic() + asked.seconds
 
-    def case(self, case: Case, until: float) -> None:
+    def case(self, case: Case, until: float, *, new: bool) -> None:
+        """Look at the buckets that a case falls into: at those never looked at, or at those not looked at to the end."""
         if case.bytes_needed > free_bytes():
-            print(f"{case.row:4} {case.shape:24} left out: needs {case.bytes_needed / 2**30:.0f} GiB", flush=True)
+            if new:
+                print(f"{case.row:4} {case.shape:24} left out: needs {case.bytes_needed / 2**30:.0f} GiB", flush=True)
             return
         digest = self.kernels.digest(case.repository)
-        with self.kernels.tuning(case.repository).Trial(case.kernel, {}) as seen:
+        with self.kernels.of(case.repository).tuning.Trial(case.kernel, {}) as seen:
             args, dy = case.inputs()[0]
             _run(case.call, tuple(_copy(t) for t in args), dy, case.wanted)
         del args, dy
+        if not seen.defaults and new:
+            print(f"{case.row:4} {case.shape:24} left out: PyTorch serves it here", flush=True)
         for bucket in seen.defaults:
+            done = (case.kernel, bucket) in self.looked
             known = self.tunings.read(digest, self.place).get(case.kernel, {}).get(bucket)
-            if known is not None and known.get("complete") and not self.asked.again:
-                self.say(case, bucket, known, "known")
+            known = None if self.asked.again and not done else known
+            if known is not None and (new or known.get("complete")):
+                if new and not done:
+                    self.say(case, bucket, known, "known")
                 continue
             if time.monotonic() > self.end:
-                print(f"{case.row:4} {case.shape:24} not looked at: the time is up", flush=True)
                 return
+            self.looked.add((case.kernel, bucket))
             empty_cache()
             try:
                 found = Bucket(case, self.kernels, case.kernel, bucket)
@@ -212,7 +230,7 @@ class Run:
                 self.failed += 1
                 print(f"{case.row:4} {case.shape:24} FAILED: {first_line(e)}", flush=True)
                 continue
-            record = found.search(min(until, self.end))
+            record = found.search(min(until, self.end), known or {})
             self.tunings.put(digest, self.place, case.kernel, bucket, record, kernel=case.repository)
             self.files.add(str(self.tunings.file(digest, self.place)))
             self.say(case, bucket, record, "", tried=found.tried, wrong=found.wrong, left_out=found.left_out)
@@ -220,7 +238,12 @@ class Run:
             empty_cache()
 
     def say(self, case: Case, bucket: str, record: dict[str, Any], note: str, **more: Any) -> None:
-        self.rows.append({"row": case.row, "kernel": case.kernel, "bucket": bucket, **record, **({"trials": more} if more else {})})
+        same = [r for r in self.rows if (r["kernel"], r["bucket"]) == (case.kernel, bucket)]
+        self.rows = [r for r in self.rows if r not in same]
+        told = more or (same[0].get("trials", {}) if same else {})
+        self.rows.append(
+            {"row": case.row, "kernel": case.kernel, "bucket": bucket, **record, **({"trials": told} if told else {})}
+        )
         self.save()
         if record["config"]:
             text = " ".join(f"{k}={v}" for k, v in record["config"].items())
@@ -234,19 +257,19 @@ class Run:
 
     def save(self) -> None:
         if self.asked.out is not None:
-            kept = [
-                {"repository": r, "digest": self.kernels.digest(r), **self.place} for r in sorted(self.kernels.loaded)
-            ]
-            write(self.rows, self.asked.out, kept=kept, quick=self.asked.quick)
+            kept = [{"repository": r, "digest": self.kernels.digest(r), **self.place} for r in self.kernels.loaded()]
+            write([], self.asked.out, kept=kept, tuned=self.rows)
 
     def run(self) -> int:
         todo = [c for c in cases(self.kernels, self.asked) if c.row in self.asked.only or not self.asked.only]
-        for number, case in enumerate(todo):
-            left = self.end - time.monotonic()
-            if left <= 0:
-                print(f"{len(todo) - number} shapes not looked at: the time is up. The same command goes on.")
-                break
-            self.case(case, time.monotonic() + case.weight * left / sum(c.weight for c in todo[number:]))
+        for new in (True, False):
+            for number, case in enumerate(todo):
+                left = self.end - time.monotonic()
+                if left <= 0:
+                    if new:
+                        print(f"{len(todo) - number} shapes not looked at: the time is up. The same command goes on.")
+                    break
+                self.case(case, time.monotonic() + case.weight * left / sum(c.weight for c in todo[number:]), new=new)
         for file in sorted(self.files):
             print(f"kept in {file}")
         return 3 if self.failed else 0
@@ -260,6 +283,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=300.0, help="in all; compiling is most of it")
     parser.add_argument("--shape", action="append", default=[], help="K1=ROWSxN and so on, instead of ours")
     parser.add_argument("--model", help="the shapes of a model: an id or a directory")
+    parser.add_argument("--add", action="store_true", help="keep what OUT.json has of other buckets")
     parser.add_argument("--again", action="store_true", help="look again at what is known")
     parser.add_argument("--cache", type=Path, help="the directory of the cache; by default kernelswap's own")
     given = parser.parse_args(argv)

@@ -1,30 +1,20 @@
-"""What `gpu_tune.py` looks at: calls of the bundled kernels by shape, with their references, and the kernels themselves."""
+"""What `gpu_tune.py` looks at: calls of the bundled kernels by shape, with their references."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib
-import sys
-import types
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from gpu_kernel_files import Kernels
 from gpu_rows import BF, copies, randn
 from gpu_timing import CUDA, DEVICE
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
-
 EPS = 1e-6
-REPOSITORIES = {
-    "kernelswap/layers": ("layers/build/torch-cuda", ("rms_norm", "glu", "rope")),
-    "kernelswap/attention": ("attention/build/torch-universal", ("decode",)),
-    "kernelswap/loss": ("loss/build/torch-universal", ("cross_entropy", "loss")),
-}
 HALF = BF if CUDA else torch.float16
 """What the decode kernel takes."""
 SIZES = {
@@ -63,46 +53,6 @@ class Case:
     repeat: int = 1
     weight: float = 1.0
     """Its share of the time."""
-
-
-class Kernels:
-    """The kernels as a model gets them: found, verified and loaded; in an interpreter, the files of their builds."""
-
-    def __init__(self, cache: Path | None) -> None:
-        self.loaded: dict[str, tuple[Any, str]] = {}
-        self.modules: dict[str, types.SimpleNamespace] = {}
-        import kernelswap as ks
-
-        self.swapper = ks.Swapper(cache=cache)
-        self.cache = self.swapper.store.cache
-
-    def of(self, repository: str) -> types.SimpleNamespace:
-        """Its files with kernels, as modules."""
-        if repository not in self.modules:
-            folder, names = REPOSITORIES[repository]
-            if CUDA:
-                kernel = self.swapper.kernel(repository, device="cuda")
-                package, digest = kernel.module, kernel.artifact.digest
-            else:
-                from kernelswap import tree
-
-                root = Path(__file__).parents[1] / "src" / "kernelswap" / "bundled" / folder
-                package = types.ModuleType("tuned_" + folder.partition("/")[0])
-                package.__path__ = [str(root)]
-                sys.modules[package.__name__] = package
-                digest = tree.digest_of({path: h for path, h in tree.hashes(root).items() if path.endswith(".py")})
-            self.modules[repository] = types.SimpleNamespace(
-                **{n: importlib.import_module(f"{package.__name__}.{n}") for n in (*names, "tuning")}
-            )
-            self.loaded[repository] = package, digest
-        return self.modules[repository]
-
-    def tuning(self, repository: str) -> Any:
-        return self.of(repository).tuning
-
-    def digest(self, repository: str) -> str:
-        self.of(repository)
-        return self.loaded[repository][1]
 
 
 def among_nan(t: Tensor) -> Tensor:
@@ -232,7 +182,7 @@ def cross_entropy(k: Kernels, row: str, t: int, v: int) -> list[Case]:
 
     return [
         Case(row, "kernelswap/loss", "cross_entropy", f"{t}x{v}", lambda: [args(t)], ours.cross_entropy, F.cross_entropy, 6e-3,
-             t * v * 16, others=lambda: [args(67)], wanted=(0,), exact=exact, queued=True)
+             t * v * 48, others=lambda: [args(67)], wanted=(0,), exact=exact, queued=True)
     ]  # fmt: skip
 
 
@@ -245,7 +195,11 @@ def head(k: Kernels, row: str, t: int, h: int, v: int) -> list[Case]:
 
     def exact(x: Tensor, w: Tensor, target: Tensor) -> list[Tensor]:
         wide = w.double()
-        loss, dw, dx = torch.zeros((), dtype=torch.float64, device=x.device), torch.zeros_like(wide), torch.empty(x.shape, device=x.device)
+        loss, dw, dx = (
+            torch.zeros((), dtype=torch.float64, device=x.device),
+            torch.zeros_like(wide),
+            torch.empty(x.shape, device=x.device),
+        )
         for start in range(0, t, 256):
             part = slice(start, start + 256)
             rows = x[part].double()
@@ -260,7 +214,7 @@ def head(k: Kernels, row: str, t: int, h: int, v: int) -> list[Case]:
     return [
         Case(row, "kernelswap/loss", "linear_cross_entropy", f"{t}x{h}x{v}", lambda: [args()],
              lambda x, w, target: ours.linear_cross_entropy(x, w, None, target), eager_head, 1e-2,
-             v * h * 40 + 256 * v * 40, wanted=(0, 1), exact=exact, queued=True)
+             v * h * 40 + 256 * v * 40, wanted=(0, 1), exact=exact, queued=True, weight=0.7)
     ]  # fmt: skip
 
 
@@ -268,7 +222,7 @@ def eager_head(x: Tensor, w: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(x @ w.t(), target)
 
 
-def decode(k: Kernels, row: str, b: int, n: int, hq: int, hk: int, d: int) -> list[Case]:  # noqa: PLR0917  # a shape
+def decode(k: Kernels, row: str, b: int, n: int, hq: int, hk: int, d: int) -> list[Case]:  # a shape
     ours = k.of("kernelswap/attention").decode
 
     def args(n: int, live: Tensor) -> Any:
@@ -296,7 +250,7 @@ def decode(k: Kernels, row: str, b: int, n: int, hq: int, hk: int, d: int) -> li
         Case(row, "kernelswap/attention", "decode", f"{b}x{n}, {hq} and {hk} heads of {d}",
              lambda: [args(n, all_live()) for _ in range(min(8, copies(moved)))],
              lambda q, k, v, length: ours.decode(q, k, v, scale=d**-0.5, length=length), reference, 6e-3, moved * 16,
-             others=others, repeat=8 if moved < 1 << 26 else 1)
+             others=others, repeat=8 if moved < 1 << 26 else 1, weight=1.5)
     ]  # fmt: skip
 
 

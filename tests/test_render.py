@@ -276,6 +276,16 @@ def test_a_refused_verdict_says_refused_and_keeps_its_numbers():
     assert "refused: differs in output: error 1.0e-01; error 1.0e-01, original 1.0e-07" in text
 
 
+def test_configurations_that_were_measured_on_this_device_are_told():
+    tuned = replace(NORM, tuned=("rms_norm.forward (1 of 2 measured)", "rope (1 of 1 measured)"))
+    rows = [Swap(site(0), inference=Choice(tuned), training=Choice(NORM))]
+    said = "    configurations measured on this device: rms_norm.forward (1 of 2 measured), rope (1 of 1 measured)"
+    assert render.outcomes(rows, long=True).splitlines().count(said) == 1
+    plain = render.outcomes_json(rows)[0]
+    assert plain["inference"]["implementation"]["tuned"] == list(tuned.tuned)
+    assert plain["training"]["implementation"]["tuned"] == []
+
+
 def test_outcomes_as_json_have_everything():
     rows = [swap(0), HALF, KEPT]
     plain = json.loads(json.dumps(render.outcomes_json(rows, calls={"model.layers.0.norm": 2}), allow_nan=False))
@@ -312,6 +322,7 @@ def test_outcomes_as_json_have_everything():
                     {"variant": "torch-universal", "why": "fits, but torch-cpu is preferred"},
                     {"variant": "torch-cuda", "why": "built for cuda, this is cpu"},
                 ],
+                "tuned": [],
             },
             "why": "candidate 2 of 3, the first that serves training here; build torch-cpu, the best of 2 that fit",
             "verdict": {

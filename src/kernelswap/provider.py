@@ -223,7 +223,9 @@ class Provider:
             kernel = self.kernel(text, device=device, terms=terms)
             found = layers.function(kernel, layer) if kind == "function" else layers.implementation(kernel, layer)
             found = replace(
-                found, builds=self._judged.get(_bytes_of(kernel.artifact.candidate), ()), tuned=self._tuned(kernel.artifact, device)
+                found,
+                builds=self._judged.get(_bytes_of(kernel.artifact.candidate), ()),
+                tuned=self._tuned(kernel.artifact, device),
             )
             if kernel.artifact.candidate.source in MEMOISED:
                 self._implementations[text, device, kind] = found
@@ -330,12 +332,12 @@ class Provider:
             if why_not is not None:
                 raise LoadFailed(why_not, asked=f"importing {artifact.candidate.requirement}")
             kernel = loader.load(artifact, reverify=self.store.reverify)
-            if artifact.candidate.source in OURS:
-                hand_in(kernel.module, artifact.digest, self.tunings)
-            return kernel
         except KernelSwapError as e:
             self.audit.failed(artifact, e.reason)
             raise
+        if artifact.candidate.source in OURS:
+            hand_in(kernel.module, artifact.digest, self.tunings)
+        return kernel
 
     # -- compiling what came with us
 

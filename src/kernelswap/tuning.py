@@ -72,7 +72,9 @@ class Tunings:
         """Kernel name, bucket, record. Empty where there is no file, or one that is not whole."""
         return _records(self.file(digest, at), {"digest": digest, **at}) or {}
 
-    def put(self, digest: str, at: Mapping[str, str], name: str, bucket: str, record: Mapping[str, Any], *, kernel: str = "") -> None:
+    def put(
+        self, digest: str, at: Mapping[str, str], name: str, bucket: str, record: Mapping[str, Any], *, kernel: str = ""
+    ) -> None:
         """Keep one record, over a former one. `kernel`: the repository's name, for who reads the file.
 
         Raises:
@@ -99,19 +101,20 @@ class Tunings:
         return find
 
     def tuned(self, digest: str, device: int) -> tuple[str, ...]:
-        """In words, which kernels of a repository have choices on a device: `rope (2 of 3 sizes)`."""
-        found = []
-        for name, buckets in sorted(self.read(digest, place(device)).items()):
-            won = sum(isinstance(record.get("config"), dict) for record in buckets.values())
-            if won:
-                found.append(f"{name} ({won} of {len(buckets)} measured)")
-        return tuple(found)
+        """In words, which kernels of a repository have choices on a device, see `won`."""
+        return won(self.read(digest, place(device)))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Every whole file, as it stands."""
         for file in sorted(self.path.glob("*.json")):
             if (found := _whole(file)) is not None:
                 yield found
+
+
+def won(choices: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> tuple[str, ...]:
+    """In words, for which of those something beat the default: `rope (2 of 3 measured)`."""
+    counts = {name: sum(isinstance(r.get("config"), dict) for r in buckets.values()) for name, buckets in choices.items()}
+    return tuple(f"{name} ({counts[name]} of {len(choices[name])} measured)" for name in sorted(counts) if counts[name])
 
 
 def hand_in(module: ModuleType, digest: str, tunings: Tunings) -> None:

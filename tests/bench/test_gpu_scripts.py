@@ -106,6 +106,119 @@ def test_every_row_of_the_kernels_is_checked_and_written(tmp_path):
     assert "No viable backend" in causal["out"]["SDPA cuDNN"]  # a rival that cannot run here takes no part and says why
 
 
+@pytest.fixture
+def interpreted(tmp_path):
+    """The environment of a script whose kernels run in Triton's interpreter."""
+    path = os.pathsep.join([str(ROOT / "src"), str(INTERPRETER)])
+    return {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path, "KERNELSWAP_CACHE": str(tmp_path / "cache")}
+
+
+needs_interpreter = pytest.mark.skipif(
+    torch.cuda.is_available() or (not (INTERPRETER / "triton").is_dir() and importlib.util.find_spec("triton") is None),
+    reason="needs Triton, in its interpreter",
+)
+
+
+@pytest.mark.slow
+@needs_interpreter
+def test_tuning_looks_at_every_row_keeps_what_it_found_and_goes_on(tmp_path, interpreted):
+    out = tmp_path / "tuning.json"
+    shapes = [f"--shape={s}" for s in ("K8=1x200x4x2x16", "K2=3x24", "K3=3x24", "K4=2x2x1x16", "K6=2x64")]
+    for _ in range(4):  # a few seconds each, as on a machine that is taken away again and again
+        done = script("gpu_tune.py", out, "--add", *shapes, "--seconds", "15", env=interpreted)
+        assert done.returncode == 0, done.stdout + done.stderr
+        data = json.loads(out.read_text())
+        if "not looked at" not in done.stdout:
+            break
+    assert {row["kernel"] for row in data["tuned"]} == {"decode", "rms_norm.backward", "rms_norm.add", "rope", "cross_entropy"}
+    files = [json.loads(file.read_text()) for file in (tmp_path / "cache" / "tuning").glob("*.json")]
+    kept = {(name, bucket): record for file in files for name, some in file["choices"].items() for bucket, record in some.items()}
+    for row in data["tuned"]:
+        record = kept[row["kernel"], row["bucket"]]
+        assert row["wrong"] == row["left_out"] == 0, row["trials"]
+        assert record["tried"] >= 1
+        if record["config"] is not None:
+            assert record["times"] > 1 + record["noise"]
+            assert record["config"] == record["best"]
+    assert {(k["device"], k["digest"]) for k in data["kept"]} == {(f["device"], f["digest"]) for f in files}
+
+
+@pytest.mark.slow
+@needs_interpreter
+def test_what_was_looked_at_to_the_end_is_not_looked_at_again(tmp_path, interpreted):
+    argv = ["--shape=K7=9x8x50", "--shape=K5=2x16"]
+    first = script("gpu_tune.py", tmp_path / "a.json", *argv, "--seconds", "120", env=interpreted)
+    assert "left out: PyTorch serves it here" in first.stdout
+    again = script("gpu_tune.py", tmp_path / "a.json", "--add", *argv, "--seconds", "120", env=interpreted)
+    assert "(known)" in again.stdout, first.stdout + again.stdout
+    (row,) = json.loads((tmp_path / "a.json").read_text())["tuned"]
+    assert row["complete"]
+    assert row["trials"]["tried"], "what the first run tried is told still"
+
+
+@pytest.mark.slow
+@needs_interpreter
+def test_a_configuration_that_is_wrong_is_not_timed_and_never_kept(tmp_path, interpreted):
+    """The kernel is broken for one value of its space: its rows are stored half."""
+    broken = """
+import sys
+sys.argv = ["gpu_tune.py", sys.argv[1], "--shape=K1=4x24", "--seconds=60"]
+import gpu_tune
+run = gpu_tune.Run(gpu_tune.arguments())
+rms = run.kernels.of("kernelswap/layers").rms_norm
+bind = rms.bind
+def broken(fn, args, *, num_warps, **more):
+    launch = bind(fn, args, num_warps=num_warps, **more)
+    return (lambda blocks, stream, *call: launch(1, stream, *call)) if more["ROWS"] == 2 and "STAGES" not in more else launch
+rms.bind = broken
+raise SystemExit(run.run())
+"""
+    path = os.pathsep.join([str(BENCHMARKS), interpreted["PYTHONPATH"]])
+    command = [sys.executable, "-c", broken, str(tmp_path / "a.json")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**interpreted, "PYTHONPATH": path})
+    assert done.returncode == 0, done.stdout + done.stderr
+    (row,) = json.loads((tmp_path / "a.json").read_text())["tuned"]
+    assert row["complete"]
+    assert row["wrong"] >= 1
+    assert all(w["ROWS"] == 2 for w in row["trials"]["wrong"])
+    assert all(t.get("ROWS") != 2 or t.get("PROGRAMS") for t in row["trials"]["tried"])
+    assert (row["config"] or {}).get("ROWS") != 2 or row["config"]["PROGRAMS"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (("--only", "K9"), "the kernels are K1 to K8"),
+        (("--shape", "K9=1x2"), "--shape K9=1x2: the kernels are K1, K2"),
+        (("--shape", "K1=12"), "--shape K1=12: not a shape of K1; one is K1=16384x4096"),
+        (("--shape", "K1=axb"), "not a shape of K1"),
+        (("--shape", "K8=0x5"), "not a shape of K8"),
+        (("--model", "/not/here"), "--model /not/here: no configuration of a language model"),
+    ],
+)  # fmt: skip
+@needs_interpreter
+def test_a_wrong_shape_or_model_is_said_and_not_raised(argv, said, interpreted):
+    done = script("gpu_tune.py", *argv, "--seconds", "1", env=interpreted)
+    assert done.returncode != 0
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@needs_interpreter
+def test_the_shapes_of_a_model_are_those_of_its_configuration(tmp_path, interpreted):
+    small().save_pretrained(tmp_path / "model")
+    code = f"import gpu_tune_cases as c; print(*c.of_model({str(tmp_path / 'model')!r}), sep=chr(10))"
+    path = os.pathsep.join([str(BENCHMARKS), interpreted["PYTHONPATH"]])
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**interpreted, "PYTHONPATH": path}
+    )
+    shapes = done.stdout.split("\n")
+    assert "K1 16384x32" in shapes
+    assert "K4 1x2x1x16" in shapes
+    assert "K5 16384x64" in shapes
+    assert "K7 8192x32x256" in shapes
+
+
 def test_a_rival_that_is_wrong_is_not_timed_and_ours_fails_the_run(scripts, tmp_path):
     rows = scripts("gpu_rows")
     board = rows.Board(tmp_path / "x.json", quick=True, seconds=9, only={"K1"})

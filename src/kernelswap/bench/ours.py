@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ SCRIPTS: dict[tuple[str, str], tuple[tuple[str, tuple[str, ...], tuple[str, ...]
         ("gpu_model.py", ("0.6b", "8b", "--all"), ("0.6b", "--attention")),
         ("gpu_decode.py", ("0.6b", "8b", "--compile", "--long"), None),
     ),
+    ("tuning", "cuda"): (("gpu_tune.py", (), ("--quick",)),),
 }
 """By what is asked and the device: scripts, each with its arguments and those of a short run; `None`: no part of a short one."""
 WRONG = 3
@@ -52,7 +53,7 @@ def scripts(what: str, device: str, *, quick: bool = False) -> list[tuple[Path, 
     return found
 
 
-def run(
+def run(  # noqa: PLR0913  # what a person may ask for
     what: str,
     device: str,
     *,
@@ -62,12 +63,13 @@ def run(
     quick: bool = False,
     only: str | None = None,
     threads: int | None = None,
+    more: Sequence[str] = (),
 ) -> Any:
     """The rows and the machine, as the scripts write them. `line` gets what they print; after `seconds` they are ended.
 
     A script writes after every row, so that what was measured by then counts. `out`: where it writes; on a GPU, rows that are there
     and are not measured again stay. `only`: rows, by the first script's own names, and no other script. `right` in the answer: no
-    output of ours was wrong.
+    output of ours was wrong. `more`: further arguments of the script.
 
     Raises:
         KernelSwapError: one failed, or there was not time for one row.
@@ -82,7 +84,7 @@ def run(
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "rows.json" if out is None else out.absolute()
         for file, arguments in todo:
-            command = [str(file), *arguments, *options, *(("--output",) if here else ("--add",)), str(output)]
+            command = [str(file), *arguments, *options, *more, *(("--output",) if here else ("--add",)), str(output)]
             left = None if seconds is None else max(1.0, seconds - (time.monotonic() - began))
             code, last, ended = _through(command, environ, left, line)
             if code not in {0, WRONG} and not ended:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import KernelSwapError
+from ..tuning import Tunings, place, won
 from ..types import Machine, Resolution, Row
 
 PACKAGES = (
@@ -98,6 +99,19 @@ def directory(name: str, path: Path) -> Line:
     writable = os.access(existing, os.W_OK)
     state = "" if path.exists() else ", not made yet"
     return Line(name, f"{path}{state}, {free:.0f} GiB free{'' if writable else ', NOT writable'}", ok=writable and free > 1)
+
+
+def tuning(tunings: Tunings, machine: Machine) -> Line:
+    """Which bundled kernels have configurations that were measured on this device, with these versions."""
+    if machine.backend != "cuda" or not machine.devices:
+        return Line("tuning", f"none needed for {machine.backend}")
+    at = place(0)
+    found = [file for file in tunings if all(file.get(name) == value for name, value in at.items())]
+    told = [f"{file.get('kernel') or 'a kernel'}: {', '.join(names)}" for file in found if (names := won(file["choices"]))]
+    if told:
+        return Line("tuning", f"{'; '.join(told)} on {at['device']}", ok=True)
+    looked = f"{len(found)} kernels looked at, the defaults serve" if found else "nothing measured on this device"
+    return Line("tuning", f"{looked}; kernelswap bench kernels --tune")
 
 
 def hub(endpoint: str, *, offline: bool, seconds: float) -> Line:

@@ -55,6 +55,17 @@ def command(
     only: Annotated[
         str | None, typer.Option("--only", help="Of our own benchmarks, these rows: K1,K7 or prefill,decode.", metavar="ROWS")
     ] = None,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="With `kernels`, on a GPU: look for better configurations and keep them.")
+    ] = False,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option("--shape", help="Tune for this shape, K1=8192x5120 say, not for ours. May be repeated.", metavar="ROW=SIZE"),
+    ] = None,
+    of_model: Annotated[
+        str | None, typer.Option("--of", help="Tune for the shapes of this model: an id or a directory.", metavar="MODEL")
+    ] = None,
+    again: Annotated[bool, typer.Option("--again", help="Tune anew what was tuned on this device.")] = False,
     cache: session.Cache = None,
     offline: session.Offline = False,
     as_json: bool = False,
@@ -65,8 +76,19 @@ def command(
     `swap(model, choose="measured")` uses what was kept. Whoever is stopped goes on: the same command measures only what is missing.
     `bench kernels` and `bench model` run the benchmarks behind our published figures on this machine, and say of each target whether it
     was met. What FILE.json has of rows that are not measured again stays (on a GPU).
+    `bench kernels --tune` checks and times what the bundled GPU kernels could be launched with, and keeps what beats the default by more
+    than the noise: every later start on this device uses it. Who is stopped goes on.
     Exit code 1: nothing won, the model is not as it was, or an output was wrong.
     """
+    if tune or shape or of_model is not None or again:
+        if what != KERNELS or not tune or plot is not None or hub or dtype is not None:
+            raise KernelSwapError(
+                "--tune is for `bench kernels`, and --shape, --of and --again are for --tune", asked=f"bench {what}",
+                todo="kernelswap bench kernels --tune [--only K1,K8] [--quick]",
+            )  # fmt: skip
+        given = [text for one in shape or () for text in ("--shape", one)] + (["--model", of_model] if of_model else [])
+        given += [*(["--again"] if again else []), *(["--cache", str(cache.absolute())] if cache is not None else [])]
+        return _tuned(where(device), as_json=as_json, seconds=budget or 300.0, given=given, out=out, quick=quick, only=only)
     if what in {KERNELS, WHOLE} and not (what == WHOLE and where(device) == "cpu"):
         if plot is not None or hub or dtype is not None:
             raise KernelSwapError(f"`bench {what}` draws nothing and takes no --hub or --dtype", asked=f"bench {what}")
@@ -138,5 +160,40 @@ def _ours(what: str, device: str, *, as_json: bool, **asked: Any) -> Answer:
             out.print("An output was wrong; its row says which, and was not timed.")
         if asked["out"] is not None:
             out.print(f"Written to {asked['out']}", markup=False, soft_wrap=True)
+
+    return Answer(data, text, exits.OK if data["right"] else exits.NO)
+
+
+def _tuned(
+    device: str, *, as_json: bool, seconds: float, given: list[str], out: Path | None, quick: bool, only: str | None
+) -> Answer:
+    from ...bench import ours
+
+    if device == "cpu":
+        raise KernelSwapError(
+            "what is tuned are the Triton kernels of NVIDIA GPUs, and there is none here",
+            asked="bench kernels --tune",
+            todo="Run it on the machine that will use them: what is found holds for that device.",
+        )
+    into = console(stderr=as_json)
+    data: dict[str, Any] = ours.run(
+        "tuning",
+        device,
+        line=lambda text: into.print(text, markup=False, soft_wrap=True),
+        out=out,
+        quick=quick,
+        only=only,
+        more=["--seconds", str(seconds), *given],
+    )
+
+    def text(to: Console) -> None:
+        won = sum(row["config"] is not None for row in data["tuned"])
+        to.print(
+            f"{len(data['tuned'])} buckets of calls looked at; for {won} something beats the default, and serves from now on."
+        )
+        if not data["right"]:
+            to.print("An output was wrong, or a call failed; its line says which.")
+        if out is not None:
+            to.print(f"Written to {out}", markup=False, soft_wrap=True)
 
     return Answer(data, text, exits.OK if data["right"] else exits.NO)

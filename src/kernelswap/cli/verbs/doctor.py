@@ -65,6 +65,7 @@ def _look(asked: list[str], seconds: float, cache: Any, *, offline: bool) -> dic
             health.compiler(build.compiler()),
             health.directory("kernels", cache or environment.cache),
             health.directory("hub cache", environment.hub_cache),
+            health.tuning(swapper.tunings, here),
             hub,
         ],
         "environment": health.variables(os.environ),
