@@ -102,6 +102,8 @@ def one(gpu: str, files: list[dict[str, Any]]) -> list[str]:
         lines += ["### Kernels", "", f"![Share of the floor](img/{slug(gpu)}-kernels.svg)", "", *_kernels(ordered)]
     if hosts := [row["us"] for row in rows if row.get("kernel") == "H1 host cost"]:
         lines += ["### Host", "", "Microseconds of CPU that one call costs, at one token.", "", *_hosts(hosts[-1])]
+    if tuned := [row for data in files for row in data.get("tuned", ()) if isinstance(row, dict)]:
+        lines += ["### Configurations", "", *_tuned(tuned)]
     if behind := targets.losers(rows):
         lines += [
             "### Where others were faster",
@@ -138,6 +140,27 @@ def _kernels(rows: list[Row]) -> list[str]:
     for row in rows:
         for name, why in row.get("out", {}).items():
             lines += ["", f"{_cell(row['kernel'])}, {row['shape']}: {_cell(name)} took no part ({_cell(why[:100])})."]
+    return [*lines, ""]
+
+
+def _tuned(rows: list[Row]) -> list[str]:
+    """What was found by `bench kernels --tune`, in the order of the benchmark's rows."""
+    won = sum(row["config"] is not None for row in rows)
+    lines = [
+        f"Measured by `kernelswap bench kernels --tune` ([tuning.md](tuning.md)): {len(rows)} buckets of calls, in {won} of which something",
+        "beats the default by more than the noise. Microseconds, both in turns.",
+        "",
+        "| | kernel | shape | default | best | times as fast | noise | tried | kept |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | --- |",
+    ]
+    for row in sorted(rows, key=lambda row: row["row"]):
+        kept = ", ".join(f"{name} {value or 'none'}" for name, value in (row["config"] or {}).items()) or "the default"
+        us, times, noise = (f"{row[n]:.{d}f}" if n in row else "" for n, d in (("us", 2), ("times", 3), ("noise", 3)))
+        before = f"{row['default_us']:.2f}" if "default_us" in row else ""
+        tried = f"{row['tried']}{'' if row['complete'] else ', not all'}"
+        lines.append(
+            f"| {row['row']} | {row['kernel']} | {_cell(row['shape'])} | {before} | {us} | {times} | {noise} | {tried} | {_cell(kept)} |"
+        )
     return [*lines, ""]
 
 

@@ -39,7 +39,7 @@ def place(device: int) -> dict[str, str]:
     import torch
 
     about = {"torch": str(torch.__version__), "triton": _triton()}
-    if device < 0:
+    if device < 0 or not torch.cuda.is_available():
         return {"device": "cpu", "capability": "", **about}
     found = torch.cuda.get_device_properties(device)
     return {"device": str(found.name), "capability": f"{found.major}.{found.minor}", **about}

@@ -38,6 +38,25 @@ def test_every_picture_is_there_and_drawn_from_these_rows(performance):
                 assert f"<!-- rows {performance.plots.digest(rows)} -->" in text, "run: python3 dev.py docs"
 
 
+def test_the_page_says_which_configurations_were_measured(performance, tmp_path):
+    row = {
+        "row": "K1",
+        "kernel": "rms_norm.forward",
+        "bucket": "b",
+        "shape": "16384x4096",
+        "default": {"ROWS": 1},
+        "complete": True,
+        "tried": 31,
+    }
+    won = {**row, "config": {"ROWS": 2, "EVICT": ""}, "us": 64.1, "default_us": 66.4, "times": 1.0359, "noise": 0.002}
+    lost = {**row, "row": "K8", "kernel": "decode", "shape": "1x32768", "config": None, "complete": False}
+    (tmp_path / "tuning.json").write_text(json.dumps({"machine": {"gpu": "NVIDIA Made Up"}, "rows": [], "tuned": [lost, won]}))
+    said = performance.page(tmp_path)
+    assert "2 buckets of calls, in 1 of which" in said
+    assert "| K1 | rms_norm.forward | 16384x4096 | 66.40 | 64.10 | 1.036 | 0.002 | 31 | ROWS 2, EVICT none |" in said
+    assert "| K8 | decode | 1x32768 |  |  |  |  | 31, not all | the default |" in said
+
+
 def test_the_page_has_every_target_and_says_who_was_faster(performance, tmp_path):
     rows = [
         {"kernel": "K1 RMSNorm fwd", "shape": "4096x4096", "floor_us": 87.0, "error": 1e-3, "us": {"kernelswap": 100.0, "Liger": 80.0},

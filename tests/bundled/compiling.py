@@ -104,6 +104,29 @@ def loss(capability, _, dtypes):
         it.cross_entropy.cross_entropy(z, torch.zeros(2, dtype=torch.int64)).backward()
 
 
+def configurations(capability, widths, dtypes):
+    """What tuning tries first, of the kernels that it is for, where that is something else than the default compiled above."""
+    it = modules("layers/build/torch-cuda", "rms_norm", "rope", "tuning", capability=capability)
+    of = modules("attention/build/torch-universal", "decode", "tuning", capability=capability)
+    for dtype in dtypes:
+        x, w = torch.zeros(100, widths[0], dtype=dtype), torch.zeros(widths[0], dtype=dtype)
+        q, k, cos, v = (torch.zeros(s, dtype=dtype) for s in ((1, 32, 3, 128), (1, 8, 3, 128), (1, 3, 128), (128,)))
+        cache, one = torch.zeros(1, 8, 8000, 128, dtype=dtype), torch.zeros(1, 32, 1, 128, dtype=dtype)
+        calls = {
+            "rms_norm.forward": (it, lambda x=x, w=w: it.rms_norm.rms_norm(x, w, 1e-6)),
+            "rms_norm.add": (it, lambda x=x, w=w: it.rms_norm.add_rms_norm(x, x, w, 1e-6)),
+            "rope": (it, lambda q=q, k=k, v=v, cos=cos: it.rope.norm_rope(q, k, v, v, cos, cos, 1e-6)),
+            "decode": (of, lambda q=one, k=cache: of.decode.decode(q, k, k, scale=1.0)),
+        }
+        for name, (there, call) in calls.items():
+            for change in there.tuning.SPACES[name].also:
+                with there.tuning.Trial(name, change):
+                    try:
+                        call()
+                    except TooMuch:
+                        print(json.dumps({"left_out": name, **change}), flush=True)
+
+
 def attention(capability, _, dtypes):
     it = modules("attention/build/torch-universal", "decode", capability=capability)
     for dtype in dtypes:
@@ -122,4 +145,6 @@ if __name__ == "__main__":
     WIDTHS = [int(n) for n in sys.argv[3].split(",")]
     DTYPES = [getattr(torch, n) for n in sys.argv[4].split(",")]
     for what in sys.argv[2].split(","):
-        {"layers": layers, "loss": loss, "attention": attention}[what](CAPABILITY, WIDTHS, DTYPES)
+        {"layers": layers, "loss": loss, "attention": attention, "configurations": configurations}[what](
+            CAPABILITY, WIDTHS, DTYPES
+        )

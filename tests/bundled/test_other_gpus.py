@@ -49,6 +49,15 @@ def test_the_kernels_of_losses_and_attention_compile_for_a_newer_desktop_gpu(tmp
     fewer_stages(compiled(tmp_path, "120", "loss,attention", "1", "bfloat16"))
 
 
+@pytest.mark.parametrize("capability", ["90", "86"])
+def test_what_tuning_tries_first_compiles(tmp_path, capability):
+    """What a GPU has no room for, even with fewer stages, is left out and nothing else."""
+    rows = compiled(tmp_path, capability, "configurations", "4096", "bfloat16")
+    kernels = {r["kernel"] for r in rows if "kernel" in r}
+    assert {"rms_norm._forward_staying", "rms_norm._add_staying", "rope._forward_staying", "decode._split"} <= kernels
+    assert {r["left_out"] for r in rows if "left_out" in r} <= ({"decode"} if capability == "86" else set())
+
+
 def test_rows_of_16384_numbers_are_trained_in_float32_on_an_h100(tmp_path):
     assert fewer_stages(compiled(tmp_path, "90", "layers", "16384", "float32"))
 
