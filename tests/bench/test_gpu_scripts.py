@@ -206,7 +206,7 @@ def test_a_wrong_shape_or_model_is_said_and_not_raised(argv, said, interpreted):
 
 @needs_interpreter
 def test_the_shapes_of_a_model_are_those_of_its_configuration(tmp_path, interpreted):
-    small().save_pretrained(tmp_path / "model")
+    qwen3().save_pretrained(tmp_path / "model")
     code = f"import gpu_tune_cases as c; print(*c.of_model({str(tmp_path / 'model')!r}), sep=chr(10))"
     path = os.pathsep.join([str(BENCHMARKS), interpreted["PYTHONPATH"]])
     done = subprocess.run(
@@ -214,9 +214,9 @@ def test_the_shapes_of_a_model_are_those_of_its_configuration(tmp_path, interpre
     )
     shapes = done.stdout.split("\n")
     assert "K1 16384x32" in shapes
-    assert "K4 1x2x1x16" in shapes
-    assert "K5 16384x64" in shapes
-    assert "K7 8192x32x256" in shapes
+    assert "K4 1x4x2x8" in shapes
+    assert "K5 16384x48" in shapes
+    assert "K7 8192x32x64" in shapes
 
 
 def test_a_rival_that_is_wrong_is_not_timed_and_ours_fails_the_run(scripts, tmp_path):
