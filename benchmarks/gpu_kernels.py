@@ -155,6 +155,15 @@ def rotary(board: Board, ours: types.SimpleNamespace) -> None:
     def normed(q, k, w, v, cos, sin):
         return rope.formula(eager_rms(q, w), eager_rms(k, v), cos, sin)
 
+    usual = ours.rope_gradients.FUSED
+
+    def backward(fused):  # one way or the other, as of the next call
+        def called(q, k, w, v, c, s):
+            ours.rope_gradients.FUSED = fused
+            return rope.norm_rope(q, k, w, v, c, s, EPS)
+
+        return called
+
     ligers = gpu_peers.rope()
     liger_norms = gpu_peers.rms_norm()
     together = (
@@ -180,6 +189,18 @@ def rotary(board: Board, ours: types.SimpleNamespace) -> None:
             **(board.compiled(normed) if t > 16 else {}),
         }
         board.compare("K4 q/k-norm+RoPE fwd", f"{t} tokens", floor, full, candidates, normed, 8e-3, repeat=repeat)
+        if t == fit(16384)[0]:
+            dys = [(randn(1, t, hq, d).transpose(1, 2), randn(1, t, hk, d).transpose(1, 2)) for _ in range(k)]
+            more = {"grads": dys, "wanted": (0, 1, 2, 3)}
+            candidates = {
+                "kernelswap": backward(False),
+                "kernelswap, one launch back": backward(True),
+                "eager": normed,
+                **together,
+            }
+            board.compare("K4 q/k-norm+RoPE fwd+bwd", f"{t} tokens", 2.5 * floor, full, candidates, normed, 1.6e-2, **more)
+            ours.rope_gradients.FUSED = usual
+            del dys
         simple = [(q, k, cos, sin) for q, k in qk]
         candidates = {"kernelswap": rope.rope, "eager": plain, **ligers}
         board.compare("K4 RoPE fwd", f"{t} tokens", floor, simple, candidates, plain, 8e-3, repeat=repeat)

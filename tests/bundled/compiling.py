@@ -71,7 +71,7 @@ def modules(folder, *names, capability):
 
 
 def layers(capability, widths, dtypes):
-    it = modules("layers/build/torch-cuda", "rms_norm", "glu", "rope", "projections", capability=capability)
+    it = modules("layers/build/torch-cuda", "rms_norm", "glu", "rope", "rope_gradients", "projections", capability=capability)
     for dtype in dtypes:
         for k in (1024, 12288):
             for rows in (1, 16):
@@ -95,6 +95,10 @@ def layers(capability, widths, dtypes):
             cos, w = torch.zeros(1, 3, d, dtype=dtype), torch.zeros(d, dtype=dtype)
             for out in (it.rope.rope(q, k, cos, cos), it.rope.norm_rope(q, k, w, w, cos, cos, 1e-6)):
                 (out[0].sum() + out[1].sum()).backward()
+            it.rope_gradients.FUSED = True
+            out = it.rope.norm_rope(q, k, w.requires_grad_(), w, cos, cos, 1e-6)
+            (out[0].sum() + out[1].sum()).backward()
+            it.rope_gradients.FUSED = False
 
 
 def loss(capability, _, dtypes):

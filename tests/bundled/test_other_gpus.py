@@ -16,7 +16,7 @@ pytestmark = [
 SCRIPT = Path(__file__).with_name("compiling.py")
 KERNELS = {
     "rms_norm._forward", "rms_norm._add_forward", "rms_norm._backward", "rms_norm._sum_partials", "glu._forward", "glu._backward",
-    "rope._forward", "projections._project", "projections._gate_up", "cross_entropy._sweeps", "cross_entropy._scale", "decode._split", "decode._join",
+    "rope._forward", "rope_gradients._backward", "rope_gradients._sum_both", "projections._project", "projections._gate_up", "cross_entropy._sweeps", "cross_entropy._scale", "decode._split", "decode._join",
 }  # fmt: skip
 
 

@@ -20,7 +20,7 @@ def kernels():
     package = types.ModuleType("layers_cuda_under_test")
     package.__path__ = [str(BUILD)]
     sys.modules[package.__name__] = package
-    names = ("rms_norm", "gated_norm", "layer_norm", "softmax", "glu", "rope", "layers")
+    names = ("rms_norm", "gated_norm", "layer_norm", "softmax", "glu", "rope", "rope_gradients", "layers")
     yield types.SimpleNamespace(**{n: importlib.import_module(f"{package.__name__}.{n}") for n in names})
     for name in [m for m in sys.modules if m.startswith(package.__name__)]:
         del sys.modules[name]
@@ -156,8 +156,10 @@ def test_rotary_in_every_form_whole_and_in_part(kernels, dtype, form, rotated):
     assert all(torch.equal(x, y[0]) for x, y in zip(found, want, strict=True))
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["rotated back first", "one launch back"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_norm_and_rotary_in_one_launch(kernels, dtype):
+def test_norm_and_rotary_in_one_launch(kernels, dtype, fused, monkeypatch):
+    monkeypatch.setattr(kernels.rope_gradients, "FUSED", fused)
     b, s, h, k, d = 2, 19, 16, 8, 128
     q = torch.randn(b, s, h, d, device="cuda", dtype=dtype).transpose(1, 2)
     kk = torch.randn(b, s, k, d, device="cuda", dtype=dtype).transpose(1, 2)

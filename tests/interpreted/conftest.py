@@ -17,7 +17,7 @@ collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["tes
 TOLERANCES = {torch.bfloat16: 1.6e-2, torch.float16: 1e-3, torch.float32: 1e-5}
 """Those of tests/gpu, but for bfloat16: the interpreter cuts it off where a GPU rounds, twice the error."""
 
-MODULES = ("rms_norm", "gated_norm", "layer_norm", "softmax", "glu", "rope", "projections")
+MODULES = ("rms_norm", "gated_norm", "layer_norm", "softmax", "glu", "rope", "rope_gradients", "projections")
 """The files with kernels of `layers`."""
 
 

@@ -131,10 +131,19 @@ def test_rotary_of_inner_strides(layers, launches):
     assert launches == ["_forward"]
 
 
+@pytest.fixture(params=[False, True], ids=["rotated back first", "one launch back"])
+def one_launch(request, layers, monkeypatch):
+    monkeypatch.setattr(layers.rope_gradients, "FUSED", request.param)
+    return request.param
+
+
+BACK = ["_backward", "_sum_both"]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize("dim", [1, 2])
-def test_norm_and_rotary_in_one_launch(layers, launches, dtype, dim, offset):
+def test_norm_and_rotary_in_one_launch(layers, launches, one_launch, dtype, dim, offset):
     b, s, h, k, d = 2, 9, 6, 3, 64
     q, kk = (torch.randn(b, s, n, d, dtype=dtype) for n in (h, k))
     if dim == 1:
@@ -149,6 +158,40 @@ def test_norm_and_rotary_in_one_launch(layers, launches, dtype, dim, offset):
     )
     assert error < 1.3 * TOLERANCES[dtype]
     assert launches[0] == "_forward"
+    assert (launches[1:] == BACK) == one_launch
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize(
+    ("b", "s", "h", "k", "d"), [(1, 1, 1, 1, 16), (3, 13, 17, 1, 48), (2, 5, 33, 3, 96), (1, 40, 4, 4, 32)], ids=str
+)
+def test_gradients_of_norm_and_rotary_of_any_number_of_heads_and_any_strides(
+    layers, launches, monkeypatch, offset, b, s, h, k, d
+):
+    monkeypatch.setattr(layers.rope_gradients, "FUSED", True)
+    packed = torch.randn(b, s, h + 2 * k, d)
+    q, kk = packed[:, :, :h].transpose(1, 2), packed[:, :, h : h + k].transpose(1, 2)
+    w, v = torch.randn(d), torch.randn(d)
+    cos, sin = (torch.randn(1, s, d) for _ in range(2))
+    error = both(
+        lambda q, k, w, v: layers.rope.norm_rope(q, k, w, v, cos, sin, 1e-6, 1, offset),
+        lambda q, k, w, v: layers.rope.formula(rms(q, w, offset), rms(k, v, offset), cos.double(), sin.double()),
+        (q, kk, w, v),
+    )
+    assert error < 1e-5
+    assert launches[1:] == BACK
+
+
+def test_a_gradient_that_has_no_memory_of_its_own_is_taken(layers, launches, monkeypatch):
+    monkeypatch.setattr(layers.rope_gradients, "FUSED", True)
+    q, k, w, v = (torch.randn(shape, requires_grad=True) for shape in ((1, 4, 5, 32), (1, 2, 5, 32), (32,), (32,)))
+    cos, sin = torch.randn(1, 5, 32), torch.randn(1, 5, 32)
+    found = torch.autograd.grad(sum(x.sum() for x in layers.rope.norm_rope(q, k, w, v, cos, sin, 1e-6)), (q, k, w, v))
+    assert launches[1:] == BACK
+    wide = [x.detach().double().requires_grad_() for x in (q, k, w, v)]
+    want = layers.rope.formula(rms(wide[0], wide[2]), rms(wide[1], wide[3]), cos.double(), sin.double())
+    want = torch.autograd.grad(sum(x.sum() for x in want), wide)
+    assert max(map(relative, found, want)) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -174,7 +217,7 @@ def test_the_modules_find_their_numbers(layers, launches):
 
 
 @pytest.mark.parametrize("dense", [True, False], ids=["gradients as attention gives them", "gradients as q lies"])
-def test_gradients_of_norm_and_rotary_are_copied_nowhere(layers, launches, dense, monkeypatch):
+def test_gradients_of_norm_and_rotary_are_copied_nowhere(layers, launches, one_launch, dense, monkeypatch):
     q, k = (torch.randn(2, 9, n, 64).transpose(1, 2).requires_grad_() for n in (6, 3))
     w, v = (torch.randn(64, requires_grad=True) for _ in range(2))
     cos, sin = (torch.randn(2, 9, 64) for _ in range(2))
@@ -274,7 +317,7 @@ def second_derivatives(f, inputs):
     return torch.autograd.grad(sum(x.pow(2).sum() for x in first), inputs)
 
 
-def test_second_derivatives_are_those_of_the_formula(layers, launches):
+def test_second_derivatives_are_those_of_the_formula(layers, launches, one_launch):
     cos, sin = torch.randn(2, 3, 16), torch.randn(2, 3, 16)
     q, k, w, v = torch.randn(2, 4, 3, 16), torch.randn(2, 2, 3, 16), torch.randn(16), torch.randn(16)
     norm, glu, rope = layers.rms_norm, layers.glu, layers.rope

@@ -10,7 +10,7 @@
     PAIRS_TO_HALVES  even and odd; the halves       i of r, both             DeepSeek-V3
 
 Source: Su et al. 2021, arXiv:2104.09864, which has pairs; halves are GPT-NeoX's; q/k norm: Qwen3.
-Backward is the same rotation with -sin, then the norm's. Bytes: q, k read once and written once, cos and sin once per token.
+Backward is the same rotation with -sin, then the norm's (`rope_gradients.py`). Bytes: q, k read once and written once, cos and sin once per token.
 Layout: tokens by heads by d, with any strides over batch, sequence and head; d contiguous.
 """
 
@@ -26,8 +26,8 @@ from torch import Tensor
 
 from ._launch import INTERPRETED, bind, current_device, current_stream, multiprocessors
 from ._second import differentiable, recorded
-from .rms_norm import _run_backward as _norm_backward
 from .rms_norm import formula as _norm_formula
+from .rope_gradients import gradients
 from .tuning import bound, size, space
 
 
@@ -503,12 +503,9 @@ class _NormRope(torch.autograd.Function):
                 return _both(q, k, v, w, cos, sin, eps, dim, offset)
 
             return *differentiable(both, (q, k, q_weight, k_weight), dq, dk), None, None, None, None, None, None
-        dq, dk = _run(dq, dk, cos, sin, ctx.dim, None, None, 0.0, 1, rows=True)
-        # (B, H, S, D) as the model lays it out is (B, S, H, D) in memory, and so are dq and dk now: permuted, none is copied
-        order = (0, 2, 1, 3) if ctx.dim == 1 else (0, 1, 2, 3)
-        out = []
-        for x, w, d in ((q, q_weight, dq), (k, k_weight, dk)):
-            rows = x.permute(order).contiguous()
-            dx, dw = _norm_backward(d.permute(order).contiguous(), rows, w, ctx.eps, ctx.offset, None)
-            out.append((dx.permute(order), dw))
-        return out[0][0], out[1][0], out[0][1], out[1][1], None, None, None, None, None, None
+
+        def back(dq: Tensor, dk: Tensor) -> tuple[Tensor, Tensor]:
+            return _run(dq, dk, cos, sin, ctx.dim, None, None, 0.0, 1, rows=True)
+
+        found = gradients(back, dq, dk, q, k, q_weight, k_weight, cos, sin, ctx.eps, ctx.dim, ctx.offset)
+        return *found, None, None, None, None, None, None
