@@ -303,7 +303,7 @@ def test_names_that_mean_nothing_are_an_error_with_the_nearest(qwen):
         "RMSNrom: is nothing in this model, did you mean RMSNorm?",
         "Qwen3ML: is nothing in this model, did you mean Qwen3MLP?",
         "model.layer.0.mlp: is nothing in this model, did you mean model.layers.0.mlp?",
-        "Nothing: is no layer, class or module path of this model, which has RMSNorm, SiLU, SwiGLUMLP, rotary_pos_emb",
+        "Nothing: is no layer, class or module path of this model, which has LMHead, RMSNorm, SiLU, SwiGLUMLP, rotary_pos_emb",
     ]
 
 

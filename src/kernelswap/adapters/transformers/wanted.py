@@ -244,7 +244,7 @@ def _class(name: str, entry: Entry, names: _Names, wanted: Wanted, has_layer: Ca
 
 
 def _unknown(name: str, names: _Names) -> str:
-    known = [*names.layers, *names.decorated, *names.classes, *names.paths]
+    known = [*names.layers, *names.decorated, *names.classes, "attention", *names.paths]
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
     if near:
         return f"{name}: is nothing in this model, did you mean {near[0]}?"
