@@ -26,10 +26,11 @@ SIZES = {
     "K6": ("8192x151936",),
     "K7": ("8192x4096x151936", "8192x1024x151936"),
     "K8": ("1x32768x32x8x128", "32x8192x32x8x128", "1x1024x32x8x128", "32x1024x32x8x128"),
+    "K10": tuple(f"{m}x{model}" for model in ("1024x2048x1024x3072", "4096x4096x1024x12288") for m in (1, 8, 32)),
 }
-"""The benchmark's, by row: rows x N; tokens x heads x key heads x dim; rows x vocabulary; rows x hidden x vocabulary; batch x keys x as K4."""
+"""The benchmark's, by row: rows x N; tokens x heads x key heads x dim; rows x vocabulary; rows x hidden x vocabulary; batch x keys x as K4; rows x hidden x q x k x intermediate."""
 FIRST = ("K1 16384x4096", "K3 16384x4096", "K4 16384x32x8x128", "K8 1x32768x32x8x128", "K7 8192x4096x151936")
-PARTS = {"K1": (2,), "K2": (2,), "K3": (2,), "K4": (1, 4), "K5": (2,), "K6": (2,), "K7": (3,), "K8": (2, 5)}
+PARTS = {"K1": (2,), "K2": (2,), "K3": (2,), "K4": (1, 4), "K5": (2,), "K6": (2,), "K7": (3,), "K8": (2, 5), "K10": (5,)}
 """How many numbers a shape of each row has; what is left out is as in the benchmark."""
 
 
@@ -254,8 +255,28 @@ def decode(k: Kernels, row: str, b: int, n: int, hq: int, hk: int, d: int) -> li
     ]  # fmt: skip
 
 
+def few(k: Kernels, row: str, m: int, hidden: int, q: int, kv: int, inner: int) -> list[Case]:
+    ours = k.of("kernelswap/layers").projections
+
+    def args(m: int, *sizes: int) -> Any:
+        return (among_nan(randn(m, hidden)), *(among_nan(randn(n, hidden) / hidden**0.5) for n in sizes)), None
+
+    def case(kernel: str, call: Callable[..., Any], plain: Callable[..., Any], *sizes: int) -> Case:
+        weights = sum(sizes) * hidden * 2
+        return Case(
+            row, "kernelswap/layers", f"projections.{kernel}", f"{m}x{hidden}x{sum(sizes)}",
+            lambda: [args(m, *sizes) for _ in range(copies(weights))], call, plain, 8e-3, 8 * weights,
+            others=lambda: [args(m - 1, *sizes)] if m > 2 else [],
+        )  # fmt: skip
+
+    return [
+        case("project", lambda x, *w: ours.project(x, w, (None,) * 3), lambda x, *w: tuple(F.linear(x, one) for one in w), q, kv, kv),
+        case("gate_up", ours.gate_up, lambda x, g, u: F.silu(F.linear(x, g)) * F.linear(x, u), inner, inner),
+    ]  # fmt: skip
+
+
 MAKERS: dict[str, Callable[..., list[Case]]] = {
-    "K1": norms, "K2": norms, "K3": norms, "K4": rotary, "K5": gated, "K6": cross_entropy, "K7": head, "K8": decode,
+    "K1": norms, "K2": norms, "K3": norms, "K4": rotary, "K5": gated, "K6": cross_entropy, "K7": head, "K8": decode, "K10": few,
 }  # fmt: skip
 
 
@@ -316,6 +337,7 @@ def of_model(name: str) -> list[str]:
         *(f"{row} {t}x{width}" for row in ("K1", "K3") for t in (many, one)),
         *(f"K4 {t}x{heads}x{few}x{dim}" for t in (many, one)),
         *(f"K5 {t}x{inner}" for t in (many, one)),
+        *(f"K10 {t}x{width}x{heads * dim}x{few * dim}x{inner}" for t in (one, 8, 32)),
         *(f"K8 {b}x{n}x{heads}x{few}x{dim}" for b, n in ((1, longest), (32, min(8192, longest)))),
         f"K2 {many}x{width}",
         f"K7 8192x{width}x{vocab}",

@@ -110,16 +110,19 @@ def loss(capability, _, dtypes):
 
 def configurations(capability, widths, dtypes):
     """What tuning tries first, of the kernels that it is for, where that is something else than the default compiled above."""
-    it = modules("layers/build/torch-cuda", "rms_norm", "rope", "tuning", capability=capability)
+    it = modules("layers/build/torch-cuda", "rms_norm", "rope", "projections", "tuning", capability=capability)
     of = modules("attention/build/torch-universal", "decode", "tuning", capability=capability)
     for dtype in dtypes:
         x, w = torch.zeros(100, widths[0], dtype=dtype), torch.zeros(widths[0], dtype=dtype)
         q, k, cos, v = (torch.zeros(s, dtype=dtype) for s in ((1, 32, 3, 128), (1, 8, 3, 128), (1, 3, 128), (128,)))
+        few = torch.zeros(64, min(4096, widths[0]), dtype=dtype)
         cache, one = torch.zeros(1, 8, 8000, 128, dtype=dtype), torch.zeros(1, 32, 1, 128, dtype=dtype)
         calls = {
             "rms_norm.forward": (it, lambda x=x, w=w: it.rms_norm.rms_norm(x, w, 1e-6)),
             "rms_norm.add": (it, lambda x=x, w=w: it.rms_norm.add_rms_norm(x, x, w, 1e-6)),
             "rope": (it, lambda q=q, k=k, v=v, cos=cos: it.rope.norm_rope(q, k, v, v, cos, cos, 1e-6)),
+            "projections.project": (it, lambda x=x[:8, :4096], w=few: it.projections.project(x, (w, w, w), (None,) * 3)),
+            "projections.gate_up": (it, lambda x=x[:1, :4096], w=few: it.projections.gate_up(x, w, w)),
             "decode": (of, lambda q=one, k=cache: of.decode.decode(q, k, k, scale=1.0)),
         }
         for name, (there, call) in calls.items():

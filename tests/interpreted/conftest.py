@@ -65,7 +65,7 @@ def launches(layers, monkeypatch):
             return noted
 
         monkeypatch.setattr(module, "bind", bind)
-        for name in ("_bound", "_forwards", "_backwards", "_adds", "_shapes", "_launches"):
+        for name in ("_bound", "_forwards", "_backwards", "_adds", "_shapes", "_projects", "_gate_ups"):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, {})
     return seen

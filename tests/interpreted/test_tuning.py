@@ -17,7 +17,7 @@ NUMBERS = itertools.count()
 @pytest.fixture(scope="module")
 def kernels():
     """Packages of their own: what a test hands in stays in them."""
-    layers = package("layers_tuned", "layers/build/torch-cuda", "rms_norm", "glu", "rope", "tuning")
+    layers = package("layers_tuned", "layers/build/torch-cuda", "rms_norm", "glu", "rope", "projections", "tuning")
     attention = package("attention_tuned", "attention/build/torch-universal", "decode", "tuning")
     loss = package("loss_tuned", "loss/build/torch-universal", "cross_entropy", "loss", "tuning")
     return {"layers": layers, "attention": attention, "loss": loss}
@@ -89,6 +89,14 @@ def case_glu(it, *, back=False):
     return lambda: [it.glu.act_mul(g, u)], lambda: [it.glu.formula(g.double(), u.double())]
 
 
+def case_projections(it, rows, *, gated):
+    x, weights = among_nan(torch.randn(rows, 300)), [among_nan(torch.randn(n, 300)) for n in (37, 37, 5)]
+    exact, none = [x.double() @ w.double().t() for w in weights], (None,) * 3
+    if gated:
+        return lambda: [it.projections.gate_up(x, *weights[:2])], lambda: [torch.nn.functional.silu(exact[0]) * exact[1]]
+    return lambda: it.projections.project(x, tuple(weights), none), lambda: exact
+
+
 def case_decode(it):
     q, k, v = (among_nan(torch.randn(2, h, n, 16, dtype=torch.float16)) for h, n in ((4, 1), (2, 300), (2, 300)))
     length = torch.tensor([300, 37], dtype=torch.int32)
@@ -125,6 +133,10 @@ CASES = {
     "rope, inverse": ("layers", lambda it: rotated(it, back=True), 1e-5),
     "glu.forward": ("layers", case_glu, 1e-5),
     "glu.backward": ("layers", lambda it: case_glu(it, back=True), 1e-5),
+    "projections.project, 1": ("layers", lambda it: case_projections(it, 1, gated=False), 1e-5),
+    "projections.project, 19": ("layers", lambda it: case_projections(it, 19, gated=False), 1e-5),
+    "projections.gate_up, 1": ("layers", lambda it: case_projections(it, 1, gated=True), 1e-5),
+    "projections.gate_up, 3": ("layers", lambda it: case_projections(it, 3, gated=True), 1e-5),
     "decode": ("attention", case_decode, 1e-3),
     "cross_entropy": ("loss", case_cross_entropy, 1e-5),
 }

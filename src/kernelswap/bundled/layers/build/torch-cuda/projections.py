@@ -28,6 +28,7 @@ from torch import Tensor
 from ._launch import INTERPRETED, bind, current_stream, on
 from .glu import _ACTS, _act
 from .glu import formula as _act_mul
+from .tuning import bound, space
 
 UPTO = 32
 """Rows (tokens) up to which the kernels answer; no more than 32, the rows of one product. Rows K10 of benchmarks/gpu_kernels.py decide."""
@@ -169,22 +170,36 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # no public ways to ask: whether this is inside grad, vmap, jvp, ...; how many modes look on (a FLOP counter, ...)
 _transformed, _watched = torch._C._functorch.peek_interpreter_stack, torch._C._len_torch_dispatch_stack
-_launches: dict[tuple[Any, ...], Any] = {}
+_projects: dict[tuple[Any, ...], tuple[Any, int]] = {}
+_gate_ups: dict[tuple[Any, ...], tuple[Any, int]] = {}
+_AXES: dict[str, Any] = {
+    "BN": (4, 8, 16, 32, 64),
+    "BK": (64, 128, 256, 512, 1024),
+    "STAGES": (1, 2, 3, 4, 5, 6),
+    "num_warps": (1, 2, 4, 8),
+    "also": (
+        {"BN": 16, "BK": 256, "num_warps": 4},
+        {"BN": 8, "BK": 256, "STAGES": 6},
+        {"BN": 4, "BK": 1024, "STAGES": 3},
+        {"BN": 32, "BK": 128, "STAGES": 5, "num_warps": 4},
+        {"BN": 64, "BK": 128, "STAGES": 3, "num_warps": 4},
+    ),
+}
+space("projections.project", _projects, **_AXES)
+space("projections.gate_up", _gate_ups, **_AXES)
 
 
-Tile = tuple[int, int, int, int]
-"""BN, BK, STAGES, num_warps."""
-
-
-def tile_of(rows: int, k: int, columns: int, weights: int, size: int) -> Tile:
+def tile_of(rows: int, k: int, columns: int, weights: int, size: int) -> dict[str, int]:
     """Reckoned, not measured: 16 to 24 KiB of weights are on their way in a block, and two blocks or more go to a multiprocessor.
 
     `columns`: of all results; `weights`: how many are read side by side; `size`: bytes of a number.
     """
     if rows == 1:
-        return 8 // weights, max(16, min(triton.next_power_of_2(k), 1024 // size)), 4, 4
-    wide = 32 if columns >= 8192 else 16
-    return wide // weights if wide > 16 else 16, max(16, min(triton.next_power_of_2(k), 256 // size)), 4, wide // 8
+        wide = max(16, min(triton.next_power_of_2(k), 1024 // size))
+        return {"BN": 8 // weights, "BK": wide, "STAGES": 4, "num_warps": 4}
+    many = columns >= 8192
+    wide = max(16, min(triton.next_power_of_2(k), 256 // size))
+    return {"BN": 32 // weights if many else 16, "BK": wide, "STAGES": 4, "num_warps": 4 if many else 2}
 
 
 def formula(x: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
@@ -238,72 +253,75 @@ def fits(x: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor | None, ..
 
 
 def project(
-    x: Tensor,
-    weights: tuple[Tensor, Tensor, Tensor],
-    biases: tuple[Tensor | None, Tensor | None, Tensor | None],
-    tile: Tile | None = None,
+    x: Tensor, weights: tuple[Tensor, Tensor, Tensor], biases: tuple[Tensor | None, Tensor | None, Tensor | None]
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """x (..., K), three weights (N_i, K), biases (N_i,) or None -> three (..., N_i), contiguous; None: see the top of the file.
 
-    bf16, fp16 or fp32, all of one dtype. Inputs are not written. `tile`: another than that of `tile_of`.
+    bf16, fp16 or fp32, all of one dtype. Inputs are not written.
     """
     if not fits(x, weights, biases):
         return None
     x = x.contiguous()
     ys = tuple(x.new_empty((*x.shape[:-1], w.shape[0])) for w in weights)
     sizes = [w.shape[0] for w in weights]
-    launch, wide, pointers, m = _launch_for(_project, x, weights, biases, ys, sizes, tile)
+    launch, wide, pointers, m = _launch_for("project", x, weights, biases, ys, sizes)
     with on(x.get_device()):
         launch(sum(-(-n // wide) for n in sizes), current_stream(x.get_device()), *pointers, *sizes, m)
     return ys  # type: ignore[return-value]  # three
 
 
 def gate_up(
-    x: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    gate_bias: Tensor | None = None,
-    up_bias: Tensor | None = None,
-    act: str = "silu",
-    tile: Tile | None = None,
+    x: Tensor, gate: Tensor, up: Tensor, gate_bias: Tensor | None = None, up_bias: Tensor | None = None, act: str = "silu"
 ) -> Tensor | None:
     """x (..., K), gate and up (N, K), biases (N,) or None -> (..., N), contiguous; None: see the top of the file.
 
-    `act`: silu, gelu or gelu_tanh. bf16, fp16 or fp32, all of one dtype. Inputs are not written. `tile`: as in `project`.
+    `act`: silu, gelu or gelu_tanh. bf16, fp16 or fp32, all of one dtype. Inputs are not written.
     """
     if gate.shape != up.shape or not fits(x, (gate, up), (gate_bias, up_bias)):
         return None
     x = x.contiguous()
     y = x.new_empty((*x.shape[:-1], gate.shape[0]))
     n = gate.shape[0]
-    launch, wide, pointers, m = _launch_for(_gate_up, x, (gate, up), (gate_bias, up_bias), (y,), [n], tile, ACT=_ACTS[act])
+    launch, wide, pointers, m = _launch_for("gate_up", x, (gate, up), (gate_bias, up_bias), (y,), [n], act)
     with on(x.get_device()):
         launch(-(-n // wide), current_stream(x.get_device()), *pointers, n, m)
     return y
 
 
 def _launch_for(
-    fn: Any, x: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor | None, ...], ys: tuple[Tensor, ...],
-    sizes: list[int], tile: Tile | None, **constants: int,
+    kernel: str, x: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor | None, ...], ys: tuple[Tensor, ...],
+    sizes: list[int], act: str = "",
 ) -> tuple[Any, int, list[int], int]:  # fmt: skip
     """The launch for these (x contiguous), its BN, their pointers (that of a weight where there is no bias), and the rows."""
+    fn, known = (_project, _projects) if kernel == "project" else (_gate_up, _gate_ups)
     given = tuple(w if b is None else b for w, b in zip(weights, biases, strict=True))
     pointers = [t.data_ptr() for t in (x, *weights, *given, *ys)]
     bits = sum(1 << i for i, b in enumerate(biases) if b is not None)
-    k = x.shape[-1]
+    k, columns = x.shape[-1], sum(sizes)
     m = x.numel() // k
     align = 0
     for pointer in pointers:
         align |= pointer & 15
     odd = tuple(pointer & 15 for pointer in pointers) if align else ()  # which of them: each is compiled for
-    tile = tile or tile_of(m, k, sum(sizes), len(weights) // len(sizes), x.element_size())
     rows = 1 if m == 1 else 16 if m <= 16 else 32
-    key = (fn, x.dtype, x.get_device(), k, rows, bits, odd, tile, *constants.values())
-    launch = _launches.get(key)
-    if launch is None:
-        wide, deep, stages, warps = tile
-        launch = _launches[key] = bind(
-            fn, (x, *weights, *given, *ys, *(17,) * len(sizes), 17), device=x.get_device(), num_warps=warps,
-            **constants, BIASES=bits, K=k, ROWS=rows, BN=wide, BK=deep, STAGES=stages,
-        )  # fmt: skip
-    return launch, tile[0], pointers, m
+    key = (x.dtype, x.get_device(), k, columns, rows, bits, odd, act)
+    found = known.get(key)
+    if found is None:
+        more = {"ACT": _ACTS[act]} if act else {}
+
+        def make(c: dict[str, int]) -> tuple[Any, int]:
+            wide = c["BN"] if rows == 1 else max(16, c["BN"])  # a product of matrices has no narrower ones
+            launch = bind(
+                fn, (x, *weights, *given, *ys, *(17,) * len(sizes), 17), device=x.get_device(), num_warps=c["num_warps"],
+                **more, BIASES=bits, K=k, ROWS=rows, BN=wide, BK=c["BK"], STAGES=c["STAGES"],
+            )  # fmt: skip
+            return launch, wide
+
+        dtype = str(x.dtype).removeprefix("torch.")
+        bucket = f"{dtype}{', ' + act if act else ''}{', biases' if bits else ''}; {k} to {columns}; {_SPANS[rows]}"
+        default = tile_of(m, k, columns, len(weights) // len(sizes), x.element_size())
+        found = known[key] = bound(f"projections.{kernel}", default, bucket, x.get_device(), make)
+    return *found, pointers, m
+
+
+_SPANS = {1: "1 row", 16: "2-16 rows", 32: "17-32 rows"}
