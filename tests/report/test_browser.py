@@ -133,6 +133,17 @@ def test_a_click_on_a_heading_sorts_and_another_turns_it_round(show, facts):
     assert len(names(tab)) < len(facts["modules"]), "the tree is back"
 
 
+def test_a_refused_kernel_makes_nothing_faster_and_its_error_fits_its_column(show):
+    tab = show()
+    refused, served = (tab.locator(f".tree tr[data-state={state}]") for state in ("refused", "kernel"))
+    assert refused.count() == 2
+    assert refused.locator("td[data-label=Faster]").all_inner_texts() == ["", ""]
+    assert all(served.locator("td[data-label=Faster]").all_inner_texts())
+    for text in refused.locator("td[data-label='vs original']").all_inner_texts():
+        assert 1e3 < float(text.removesuffix("x")) < 1e9
+        assert len(text) <= 8
+
+
 def test_the_filter_finds_paths_classes_kernels_and_reasons(show, facts):
     tab = show()
     field = tab.get_by_label("Filter modules")

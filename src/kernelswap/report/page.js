@@ -73,7 +73,7 @@
   const shareOf = (node) => shares.get(node.path + "\n" + ((node.outcome && node.outcome.name) || ""));
   const faster = (node) => {
     const o = node.outcome;
-    if (!o) return undefined;
+    if (!o || state(node) !== "kernel") return undefined;
     const target = o.target.split(".").pop();
     const found = (observed.speeds || []).filter((s) => s.layer === o.layer && s.original === target && (s.shape === phase || !phase));
     const mine = found.length === 1 ? found : found.filter((s) => s.width === node.width);
@@ -84,7 +84,7 @@
     { name: "Module", key: (n) => n.order },
     { name: "Served by", key: (n) => serving(n) },
     { name: "Error", key: (n) => (verdict(n) ? verdict(n).error_kernel : undefined), text: (n) => error(verdict(n) && verdict(n).error_kernel) },
-    { name: "vs original", key: ratio, text: (n) => (ratio(n) === undefined ? "" : ratio(n).toFixed(2) + "x") },
+    { name: "vs original", key: ratio, text: (n) => (ratio(n) === undefined ? "" : (ratio(n) < 1000 ? ratio(n).toFixed(2) : ratio(n).toExponential(1)) + "x") },
   ];
   if (observed.speeds && observed.speeds.length) columns.push({ name: "Faster", key: faster, text: (n) => (faster(n) ? faster(n).toFixed(2) + "x" : "") });
   if (phase) columns.push({ name: "Share of " + phase, key: shareOf, text: (n) => percent(shareOf(n)) });
