@@ -12,7 +12,7 @@ from tests.proof.zoo import ORIGINALS, implementation, site
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
-from kernelswap.proof import Check, Verdicts
+from kernelswap.proof import Check, Verdicts, keys
 from kernelswap.proof import real as real_calls
 from kernelswap.types import Run
 
@@ -181,6 +181,28 @@ def test_under_autocast_both_are_asked_under_it():
     assert 1e-4 < verdict.error_original < 0.1
 
 
+@pytest.mark.parametrize("wrong", ["its dtype", "its precision"])
+def test_a_kernel_that_is_wrong_under_autocast_alone_is_refused_there(wrong):
+    module = ORIGINALS["mlp"].make(32)
+
+    def kernel(self, x):
+        autocast = torch.is_autocast_enabled("cpu")
+        with torch.autocast("cpu", enabled=autocast and wrong != "its dtype"):
+            gate = self.gate_proj(x)
+            if autocast and wrong == "its precision":
+                gate = gate.to(torch.float8_e4m3fn).to(gate.dtype)
+            return self.down_proj(nn.functional.silu(gate) * self.up_proj(x))
+
+    check, x = Check(None), torch.randn(2, 5, 32)
+    asked = site(module, "mlp"), module, type(module).forward, implementation(kernel)
+    assert check.equivalent(*asked, Run()).accepted
+    assert check.first_call(*asked, Run(), (x,), {})[1].accepted
+    with torch.autocast("cpu", torch.bfloat16):
+        out, verdict = check.first_call(*asked, Run(), (x,), {})
+        assert torch.equal(out, module(x))
+    assert {"its dtype": "dtype torch.float32", "its precision": "differs in output"}[wrong] in verdict.reason
+
+
 def test_a_proof_on_random_tensors_knows_no_autocast(norm):
     seen = set()
 
@@ -257,6 +279,36 @@ def test_a_verdict_is_void_when_what_it_holds_for_changes(norm, change, tmp_path
     first = run(x, norm)
     assert run(x.clone(), norm).key == first.key
     assert run(*change(x, norm)).key != first.key
+
+
+@pytest.mark.parametrize("what", ["torch", "python", "chip", "instructions", "build", "its dependency", "layer"])
+def test_a_verdict_is_void_on_another_machine_and_for_another_kernel(norm, what, monkeypatch, tmp_path):
+    store, x = Verdicts(tmp_path / "verdicts", key=tmp_path / "key"), torch.randn(2, 5, 64)
+    one = implementation(fused, digest="k")
+    ask = lambda kernel: Check(store).first_call(  # noqa: E731  # same
+        site(norm, "rows"), norm, LlamaRMSNorm.forward, kernel, Run(), (x,), {}
+    )[1]
+    before = ask(one)
+    assert ask(one).key == before.key
+    if what == "torch":
+        monkeypatch.setattr(torch, "__version__", "99.0")
+    elif what == "python":
+        monkeypatch.setattr(keys.platform, "python_version", lambda: "3.99.0")
+    elif what == "chip":
+        monkeypatch.setattr(keys, "_cpu", lambda: "another chip")
+    elif what == "instructions":
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX99")
+    elif what == "build":
+        one = implementation(fused, digest="l")
+    elif what == "its dependency":
+        one = replace(one, origin=replace(one.origin, depends=(implementation(fused, digest="l").origin,)))
+    else:
+        one = replace(one, layer="Other")
+    keys.place.cache_clear()
+    try:
+        assert ask(one).key != before.key
+    finally:
+        keys.place.cache_clear()
 
 
 def test_a_verdict_is_void_when_the_originals_code_changes(norm):

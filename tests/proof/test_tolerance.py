@@ -27,6 +27,19 @@ def test_rounding_is_within_and_four_roundings_of_one_element_are_not(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_row_in_which_every_element_is_a_little_off_is_no_row_with_one_such_element(dtype):
+    """As far off as single elements may be, and a row as a whole may not."""
+    reference = torch.ones(7, 64, dtype=torch.float64)
+    original = reference.to(dtype)
+    off = 1 - 1.5 * TOLERANCES[dtype].row * TOLERANCES[dtype].unit
+    kernel = original.clone()
+    kernel[3, 5] = off
+    assert compare(kernel, original, reference).wrong is None
+    kernel[3] = off
+    assert compare(kernel, original, reference).wrong.startswith("row [3, :]: error")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 1e3])
 def test_a_row_is_judged_by_its_own_size(dtype, scale):
     reference, _ = generic(torch.float64)
