@@ -58,7 +58,8 @@ def weights_followed(pair: Pair, case: Case) -> None:
         arguments = case.args, dict(case.kwargs)
         with torch.no_grad():
             original = call(pair.original, module, arguments, pair.device)
-            kernel = guarded(lambda: call(pair.candidate, module, arguments, pair.device))
+            with memory.users_threads():
+                kernel = guarded(lambda: call(pair.candidate, module, arguments, pair.device))
         return original.outputs, kernel.outputs
 
     usual, mine = both()

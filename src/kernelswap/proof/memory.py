@@ -276,6 +276,17 @@ def users_threads() -> Iterator[None]:
         torch.set_num_threads(1)
 
 
+def users_count() -> int:
+    """How many threads that are."""
+    return _user_count() or torch.get_num_threads()
+
+
+def set_threads(count: int) -> None:
+    """In a thread that has just begun, which otherwise may take as many as there are cores."""
+    if _threads_can_change():
+        torch.set_num_threads(count)
+
+
 @functools.cache
 def _threads_can_change() -> bool:
     return "ATen parallel backend: OpenMP" in torch.__config__.parallel_info()  # others take a number once

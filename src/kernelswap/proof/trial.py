@@ -160,8 +160,10 @@ class _One:
 
     def elsewhere(self, original: Result, answer: Answer, slack: float) -> None:
         """As a server's worker or a replica's thread calls it."""
+        count = memory.users_count()
 
         def ask() -> Result:
+            memory.set_threads(count)
             with memory.on(self.pair.device):
                 return self.kernel(original)
 
