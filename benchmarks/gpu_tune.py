@@ -32,12 +32,34 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 
-FEW, MANY = (3, 25) if CUDA else (1, 3)
+FEW, MANY = (9, 41) if CUDA else (1, 3)
 """Turns of a first look, and of the last word."""
 CLEARLY = 0.002
 """Less than this is never a win, however quiet the machine."""
 LESS_ACCURATE = 1.25
 """How much larger an error than the default's may be: other orders of a sum, not other arithmetic."""
+
+
+BROKEN = 4
+"""The exit code when a configuration took the device down: everything after it in this process would fail."""
+
+
+class Lost(Exception):
+    """The device does not answer any more, since a configuration was tried; `.change` is that one's."""
+
+    def __init__(self, change: dict[str, Any], why: str) -> None:
+        super().__init__(why)
+        self.change = change
+
+
+def lost() -> bool:
+    """Whether the device is gone for this process, as after a read outside all memory."""
+    try:
+        if CUDA:
+            torch.cuda.synchronize()
+    except Exception:  # noqa: BLE001  # of whatever kind it is, nothing works any more
+        return True
+    return False
 
 
 class Bucket:
@@ -49,6 +71,7 @@ class Bucket:
         self.space = self.tuning.SPACES[name]
         self.inputs = case.inputs()
         self.kinds: set[torch.dtype] = set()
+        self.changes: list[dict[str, Any]] = []
         self.wrong: list[dict[str, Any]] = []
         self.left_out: list[dict[str, Any]] = []
         self.tried: list[dict[str, Any]] = []
@@ -137,7 +160,9 @@ class Bucket:
                 self.wrong.append({**change, "error": error})
                 return 0.0
             took, ratio, _ = self.race({"default": default, "this": self.runner(change)}, FEW)
-        except Exception as e:  # noqa: BLE001  # too much for this GPU, or for the compiler: it takes no part
+        except Exception as e:  # too much for this GPU, or for the compiler: it takes no part
+            if lost():
+                raise Lost(change, first_line(e)) from e
             self.left_out.append({**change, "why": first_line(e)})
             return 0.0
         self.tried.append({**change, "us": round(took["this"], 3), "times": round(ratio, 4)})
@@ -147,7 +172,7 @@ class Bucket:
         """The record of this bucket. It goes on from `former`, and tries one configuration at least."""
         default, complete = self.runner({}), True
         best, best_ratio = former.get("best") or dict[str, Any](), former.get("times", 1.0)
-        changes: list[dict[str, Any]] = list(former.get("seen", ()))
+        changes = self.changes = list(former.get("seen", ()))
         seen = [self.space.reduced({**self.default, **change}) for change in ({}, *changes)]
         todo = [dict(c) for c in self.space.also if set(c) <= set(self.default)]
         while todo:
@@ -180,6 +205,7 @@ class Bucket:
             "wrong": len(self.wrong) + former.get("wrong", 0),
             "left_out": len(self.left_out) + former.get("left_out", 0),
             "seen": changes,
+            **({"broke": former["broke"]} if former.get("broke") else {}),
             "when": dt.datetime.now(dt.timezone.utc).strftime("%Y-%m-%d"),
         }
 
@@ -230,7 +256,13 @@ class Run:
                 self.failed += 1
                 print(f"{case.row:4} {case.shape:24} FAILED: {first_line(e)}", flush=True)
                 continue
-            record = found.search(min(until, self.end), known or {})
+            try:
+                record = found.search(min(until, self.end), known or {})
+            except Lost as e:  # a later run does not try that one again
+                record = {**(known or {"config": None, "default": found.default, "shape": case.shape}), "complete": False}
+                record |= {"seen": found.changes, "tried": len(found.changes), "broke": [*record.get("broke", ()), e.change]}
+                self.tunings.put(digest, self.place, case.kernel, bucket, record, kernel=case.repository)
+                raise
             self.tunings.put(digest, self.place, case.kernel, bucket, record, kernel=case.repository)
             self.files.add(str(self.tunings.file(digest, self.place)))
             self.say(case, bucket, record, "", tried=found.tried, wrong=found.wrong, left_out=found.left_out)
@@ -295,6 +327,15 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return given
 
 
-if __name__ == "__main__":
+def main() -> int:
     torch.manual_seed(0)
-    raise SystemExit(Run(arguments()).run())
+    run = Run(arguments())
+    try:
+        return run.run()
+    except Lost as e:
+        print(f"{e.change} took the device down ({e}). The same command goes on without it.", flush=True)
+        return BROKEN
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

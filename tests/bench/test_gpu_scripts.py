@@ -185,6 +185,55 @@ raise SystemExit(run.run())
     assert (row["config"] or {}).get("ROWS") != 2 or row["config"]["PROGRAMS"]
 
 
+@pytest.mark.slow
+@needs_interpreter
+def test_a_configuration_that_takes_the_device_down_is_not_tried_again(tmp_path, interpreted):
+    """As a read outside all memory does: every later call of the process fails. Here one raises, and the device says it is gone."""
+    broken = """
+import sys
+sys.argv = ["gpu_tune.py", sys.argv[1], "--shape=K5=2x24", "--seconds=100"]
+import gpu_tune
+def main():
+    Run, down = gpu_tune.Run, []
+    def made(asked):
+        run = Run(asked)
+        glu = run.kernels.of("kernelswap/layers").glu
+        bind = glu.bind
+        def fatal(fn, args, *, num_warps, **more):
+            if num_warps == 2:
+                down.append(1)
+            if down:
+                raise RuntimeError("CUDA error: an illegal memory access was encountered")
+            return bind(fn, args, num_warps=num_warps, **more)
+        glu.bind = fatal
+        return run
+    gpu_tune.Run, gpu_tune.lost = made, lambda: bool(down)
+    return gpu_tune.main()
+raise SystemExit(main())
+"""
+    path = os.pathsep.join([str(BENCHMARKS), interpreted["PYTHONPATH"]])
+    command = [sys.executable, "-c", broken, str(tmp_path / "a.json")]
+
+    def once():
+        return subprocess.run(command, capture_output=True, text=True, check=False, env={**interpreted, "PYTHONPATH": path})
+
+    first = once()
+    assert first.returncode == 4, first.stdout + first.stderr
+    assert "'num_warps': 2} took the device down (RuntimeError: CUDA error: an illegal memory access" in first.stdout
+    for _ in range(12):  # each one that is fatal, once
+        again = once()
+        if again.returncode == 0:
+            break
+        assert again.returncode == 4, again.stderr
+    (file,) = (tmp_path / "cache" / "tuning").glob("*.json")
+    (record,) = json.loads(file.read_text())["choices"]["glu.forward"].values()
+    assert again.returncode == 0, again.stdout
+    assert record["complete"]
+    assert len(record["broke"]) >= 2
+    assert all(change["num_warps"] == 2 for change in record["broke"])
+    assert (record["config"] or {}).get("num_warps") != 2
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
