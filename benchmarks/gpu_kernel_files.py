@@ -14,7 +14,10 @@ from gpu_timing import CUDA
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 
 REPOSITORIES = {
-    "kernelswap/layers": ("layers/build/torch-cuda", ("rms_norm", "glu", "rope", "rope_gradients", "projections", "tuning")),
+    "kernelswap/layers": (
+        "layers/build/torch-cuda",
+        (*("rms_norm", "layer_norm", "gated_norm", "softmax"), *("glu", "rope", "rope_gradients", "projections", "tuning")),
+    ),
     "kernelswap/attention": ("attention/build/torch-universal", ("decode", "dense", "forward", "tuning")),
     "kernelswap/loss": ("loss/build/torch-universal", ("cross_entropy", "loss", "tuning")),
 }

@@ -27,7 +27,7 @@ import torch
 from gpu_kernel_files import Kernels
 from gpu_rows import _copy, _double, _run
 from gpu_timing import CUDA, captured, empty_cache, first_line, free_bytes, relative, turns, write
-from gpu_tune_cases import Case, cases
+from gpu_tune_cases import MAKERS, Case, cases
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
@@ -310,7 +310,7 @@ class Run:
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", nargs="?", type=Path, help="where the rows go")
-    parser.add_argument("--only", default="", help="of K1,K2,K3,K4,K5,K6,K7,K8,K10")
+    parser.add_argument("--only", default="", help=f"of {','.join(MAKERS)}")
     parser.add_argument("--quick", action="store_true", help="the shapes of targets that are hard to reach")
     parser.add_argument("--seconds", type=float, default=300.0, help="in all; compiling is most of it")
     parser.add_argument("--shape", action="append", default=[], help="K1=ROWSxN and so on, instead of ours")
@@ -320,8 +320,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--cache", type=Path, help="the directory of the cache; by default kernelswap's own")
     given = parser.parse_args(argv)
     given.only = set(filter(None, given.only.upper().split(",")))
-    if unknown := given.only - {f"K{n}" for n in (*range(1, 9), 10)}:
-        parser.error(f"--only {','.join(sorted(unknown))}: the kernels are K1 to K8 and K10")
+    if unknown := given.only - set(MAKERS):
+        parser.error(f"--only {','.join(sorted(unknown))}: the kernels are {', '.join(MAKERS)}")
     if not CUDA and os.environ.get("TRITON_INTERPRET") != "1":
         raise SystemExit("tuning needs an NVIDIA GPU; PyTorch sees none here")
     return given

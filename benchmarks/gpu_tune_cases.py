@@ -25,12 +25,28 @@ SIZES = {
     "K5": ("16384x14336", "16384x3072", "16x14336", "1x14336"),
     "K6": ("8192x151936",),
     "K7": ("8192x4096x151936", "8192x1024x151936"),
+    "LN": ("16384x4096", "16x4096"),
+    "GN": ("16384x4096", "16x4096"),
+    "SM": ("16384x4096", "4096x32768"),
     "K8": ("1x32768x32x8x128", "32x8192x32x8x128", "1x1024x32x8x128", "32x1024x32x8x128"),
     "K10": tuple(f"{m}x{model}" for model in ("1024x2048x1024x3072", "4096x4096x1024x12288") for m in (1, 8, 32)),
 }
 """The benchmark's, by row: rows x N; tokens x heads x key heads x dim; rows x vocabulary; rows x hidden x vocabulary; batch x keys x as K4; rows x hidden x q x k x intermediate."""
 FIRST = ("K1 16384x4096", "K3 16384x4096", "K4 16384x32x8x128", "K8 1x32768x32x8x128", "K7 8192x4096x151936")
-PARTS = {"K1": (2,), "K2": (2,), "K3": (2,), "K4": (1, 4), "K5": (2,), "K6": (2,), "K7": (3,), "K8": (2, 5), "K10": (5,)}
+PARTS = {
+    "LN": (2,),
+    "GN": (2,),
+    "SM": (2,),
+    "K1": (2,),
+    "K2": (2,),
+    "K3": (2,),
+    "K4": (1, 4),
+    "K5": (2,),
+    "K6": (2,),
+    "K7": (3,),
+    "K8": (2, 5),
+    "K10": (5,),
+}
 """How many numbers a shape of each row has; what is left out is as in the benchmark."""
 
 
@@ -163,6 +179,31 @@ def gated(k: Kernels, row: str, m: int, n: int) -> list[Case]:
     return [case("glu.forward", back=False), *([case("glu.backward", back=True)] if m > 4096 else [])]
 
 
+def others(k: Kernels, row: str, m: int, n: int) -> list[Case]:
+    """LayerNorm, the gated norm with silu, softmax: forward, and backward of many rows."""
+    it = k.of("kernelswap/layers")
+    calls: dict[str, tuple[str, Callable[..., Tensor], Callable[..., Tensor], int]] = {
+        "LN": ("layer_norm", lambda x, w, b: it.layer_norm.layer_norm(x, w, b, EPS), lambda x, w, b: F.layer_norm(x, (n,), w, b, EPS), 1),
+        "GN": ("gated_norm", lambda x, z, w: it.gated_norm.rms_norm_gated(x, z, w, EPS),
+               lambda x, z, w: it.gated_norm.formula(x, z, w, EPS), 2),
+        "SM": ("softmax", it.softmax.softmax, lambda x: x.softmax(-1), 1),
+    }  # fmt: skip
+    name, call, plain, of_rows = calls[row]
+
+    def args(m: int) -> tuple[Tensor, ...]:
+        return tuple(among_nan(randn(m, n) if i < of_rows else randn(n)) for i in range(1 if row == "SM" else 3))
+
+    def case(part: str, *, back: bool) -> Case:
+        return Case(
+            row, "kernelswap/layers", f"{name}.{part}", f"{m}x{n}{' f+b' * back}",
+            lambda: [(args(m), (randn(m, n),) if back else None) for _ in range(copies(m * n * (2 + 2 * of_rows)))],
+            call, plain, 8e-3, m * n * 160, others=lambda: [(args(m + 3), (randn(m + 3, n),) if back else None)],
+            wanted=tuple(range(1 if row == "SM" else 3)) if back else (), repeat=8 if m <= 16 else 1, weight=0.5,
+        )  # fmt: skip
+
+    return [case("forward", back=False), *([case("backward", back=True)] if m > 64 else [])]
+
+
 def cross_entropy(k: Kernels, row: str, t: int, v: int) -> list[Case]:
     ours = k.of("kernelswap/loss").cross_entropy
     one = torch.ones((), device=DEVICE)
@@ -276,7 +317,7 @@ def few(k: Kernels, row: str, m: int, hidden: int, q: int, kv: int, inner: int) 
 
 
 MAKERS: dict[str, Callable[..., list[Case]]] = {
-    "K1": norms, "K2": norms, "K3": norms, "K4": rotary, "K5": gated, "K6": cross_entropy, "K7": head, "K8": decode, "K10": few,
+    "K1": norms, "K2": norms, "K3": norms, "K4": rotary, "K5": gated, "LN": others, "GN": others, "SM": others, "K6": cross_entropy, "K7": head, "K8": decode, "K10": few,
 }  # fmt: skip
 
 

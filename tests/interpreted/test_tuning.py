@@ -8,7 +8,7 @@ import torch
 
 from kernelswap.tuning import Tunings, hand_in, place
 
-from .conftest import package, relative
+from .conftest import MODULES, package, relative
 
 DIGEST = "d" * 64
 NUMBERS = itertools.count()
@@ -17,7 +17,7 @@ NUMBERS = itertools.count()
 @pytest.fixture(scope="module")
 def kernels():
     """Packages of their own: what a test hands in stays in them."""
-    layers = package("layers_tuned", "layers/build/torch-cuda", "rms_norm", "glu", "rope", "projections", "tuning")
+    layers = package("layers_tuned", "layers/build/torch-cuda", *MODULES, "tuning")
     attention = package("attention_tuned", "attention/build/torch-universal", "decode", "tuning")
     loss = package("loss_tuned", "loss/build/torch-universal", "cross_entropy", "loss", "tuning")
     return {"layers": layers, "attention": attention, "loss": loss}
@@ -125,7 +125,50 @@ def case_cross_entropy(it):
     return lambda: gradients(both, z), lambda: gradients(both, z, dtype=torch.float64)
 
 
+def case_layer_norm(it, *, back=False):
+    x, w, b = among_nan(torch.randn(67, 40)), among_nan(torch.randn(40)), among_nan(torch.randn(40))
+
+    def plain(x, w, b):
+        return torch.nn.functional.layer_norm(x, (40,), w, b, 1e-5)
+
+    def ours(x, w, b):
+        return it.layer_norm.layer_norm(x, w, b, 1e-5)
+
+    if back:
+        return lambda: gradients(ours, x, w, b), lambda: gradients(plain, x, w, b, dtype=torch.float64)
+    return lambda: [ours(x, w, b)], lambda: [plain(x.double(), w.double(), b.double())]
+
+
+def case_gated(it, *, back=False):
+    x, z, w = among_nan(torch.randn(67, 40)), among_nan(torch.randn(67, 40)), among_nan(torch.randn(40))
+
+    def ours(x, z, w):
+        return it.gated_norm.rms_norm_gated(x, z, w, 1e-6, "silu", 2)
+
+    def plain(x, z, w):
+        return it.gated_norm.formula(x, z, w, 1e-6, "silu", 2)
+
+    if back:
+        return lambda: gradients(ours, x, z, w), lambda: gradients(plain, x, z, w, dtype=torch.float64)
+    return lambda: [ours(x, z, w)], lambda: [plain(x.double(), z.double(), w.double())]
+
+
+def case_softmax(it, *, back=False, width=40):
+    x = among_nan(torch.randn(5, width))
+    if back:
+        return lambda: gradients(it.softmax.softmax, x), lambda: gradients(lambda x: x.softmax(-1), x, dtype=torch.float64)
+    return lambda: [it.softmax.softmax(x)], lambda: [x.double().softmax(-1)]
+
+
 CASES = {
+    "layer_norm.forward": ("layers", case_layer_norm, 1e-5),
+    "layer_norm.backward": ("layers", lambda it: case_layer_norm(it, back=True), 1e-5),
+    "gated_norm.forward": ("layers", case_gated, 1e-5),
+    "gated_norm.backward": ("layers", lambda it: case_gated(it, back=True), 1e-5),
+    "softmax.forward": ("layers", case_softmax, 1e-5),
+    "softmax.backward": ("layers", lambda it: case_softmax(it, back=True), 1e-5),
+    "softmax.forward, by blocks": ("layers", lambda it: case_softmax(it, width=20000), 1e-5),
+    "softmax.backward, by blocks": ("layers", lambda it: case_softmax(it, back=True, width=20000), 1e-5),
     "rms_norm.forward": ("layers", case_rms, 1e-5),
     "rms_norm.add": ("layers", case_add, 1e-5),
     "rms_norm.backward": ("layers", case_rms_backward, 1e-5),
@@ -144,8 +187,10 @@ CASES = {
 
 def changes(space, default):
     """What is tried first, and each value of each axis with whatever it needs."""
-    yield from space.also
+    yield from (change for change in space.also if set(change) <= set(default))
     for name, values in space.axes.items():
+        if name not in default:
+            continue
         on = {space.needs[name]: next(v for v in space.axes[space.needs[name]] if v)} if name in space.needs else {}
         yield from ({**on, name: value} for value in values if value != default[name] or on)
 

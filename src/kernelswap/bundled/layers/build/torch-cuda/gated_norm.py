@@ -23,6 +23,7 @@ from ._launch import INTERPRETED, bind, current_stream, multiprocessors, on
 from ._stages import stages
 from ._second import differentiable, recorded
 from .rms_norm import _sum_partials, _tile
+from .tuning import bound, size, space
 
 SILU, SIGMOID = 0, 1
 
@@ -109,6 +110,15 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 _ACTS = {"silu": SILU, "swish": SILU, "sigmoid": SIGMOID}
 _forwards: dict[tuple[Any, ...], tuple[Any, int]] = {}
 _backwards: dict[tuple[Any, ...], tuple[Any, Any]] = {}
+space("gated_norm.forward", _forwards, ROWS=(1, 2, 4, 8), num_warps=(1, 2, 4, 8, 16), also=({"ROWS": 2, "num_warps": 8}, {"num_warps": 4}))
+space("gated_norm.backward", _backwards, ROWS=(1, 2, 4), num_warps=(2, 4, 8, 16), STAGES=(1, 2, 3, 4), also=({"num_warps": 8, "ROWS": 2},))
+
+
+def _about(x: Tensor, gate: Tensor, weight: Tensor, step: int, groups: int, act: str, before: bool) -> str:
+    """What a launch is bound for, in words."""
+    dtypes = ", ".join(str(t.dtype).removeprefix("torch.") for t in (x, gate, weight))
+    where = "before" if before else "after"
+    return f"{dtypes}; {act} {where}, {weight.shape[0]} wide in {groups}, gates {step} apart"
 
 
 def formula(x: Tensor, gate: Tensor, weight: Tensor, eps: float, act: str = "silu", groups: int = 1, *, before: bool = False) -> Tensor:
@@ -200,11 +210,16 @@ def _run(x: Tensor, gate: Tensor, weight: Tensor, eps: float, act: str, groups: 
     if found is None:
         n = width // groups
         block, tile, warps = _tile(n, rows > 64)
-        launch = bind(
-            _forward, (x, gate, weight, y, 17, 1e-6), device=device, num_warps=warps,
-            ZS=step, G=groups, N=n, BLOCK=block, ROWS=tile, ACT=_ACTS[act], BEFORE=int(before),
-        )  # fmt: skip
-        found = _forwards[key] = launch, tile
+
+        def make(c: dict[str, Any]) -> tuple[Any, int]:
+            launch = bind(
+                _forward, (x, gate, weight, y, 17, 1e-6), device=device, num_warps=c["num_warps"],
+                ZS=step, G=groups, N=n, BLOCK=block, ROWS=c["ROWS"], ACT=_ACTS[act], BEFORE=int(before),
+            )  # fmt: skip
+            return launch, c["ROWS"]
+
+        bucket = f"{_about(x, gate, weight, step, groups, act, before)}, {size(rows, 64)} rows"
+        found = _forwards[key] = bound("gated_norm.forward", {"ROWS": tile, "num_warps": warps}, bucket, device, make)
     launch, tile = found
     with on(device):
         launch(-(-rows // tile) * groups, current_stream(device), px, pz, pw, py, rows, eps)
@@ -231,11 +246,16 @@ def _run_backward(
         tile = max(1, 2048 // block)
         warps = 16 if block >= 8192 else 8 if block >= 4096 else 4  # by registers: five rows are held in them
         loaded = block * tile * (dy.element_size() + x.element_size() + gate.element_size())
-        launch = bind(
-            _backward, (dy, x, gate, weight, dx, dz, partial, 17, 17, 1e-6), device=device, num_warps=warps,
-            ZS=step, G=groups, N=n, BLOCK=block, ROWS=tile, ACT=_ACTS[act], BEFORE=int(before),
-            STAGES=stages(loaded, device),
-        )  # fmt: skip
+
+        def make(c: dict[str, Any]) -> Any:
+            return bind(
+                _backward, (dy, x, gate, weight, dx, dz, partial, 17, 17, 1e-6), device=device, num_warps=c["num_warps"],
+                ZS=step, G=groups, N=n, BLOCK=block, ROWS=c["ROWS"], ACT=_ACTS[act], BEFORE=int(before), STAGES=c["STAGES"],
+            )  # fmt: skip
+
+        default = {"ROWS": tile, "num_warps": warps, "STAGES": stages(loaded, device)}
+        about = f"{str(dy.dtype).removeprefix('torch.')}, {_about(x, gate, weight, step, groups, act, before)}"
+        launch = bound("gated_norm.backward", default, about, device, make)
         total = bind(_sum_partials, (partial, dw, 17), device=device, num_warps=4, N=width, BLOCK=32, ROWS=64)
         found = _backwards[key] = launch, total
     launch, total = found

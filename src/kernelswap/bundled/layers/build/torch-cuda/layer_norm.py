@@ -21,6 +21,7 @@ from ._launch import INTERPRETED, bind, current_stream, multiprocessors, on
 from ._stages import stages
 from ._second import differentiable, recorded
 from .rms_norm import _sum_partials, _tile
+from .tuning import bound, size, space
 
 
 @triton.jit(do_not_specialize=["M", "eps"])
@@ -83,6 +84,14 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 _OR_NONE = (*_PLAIN, type(None))
 _forwards: dict[tuple[Any, ...], tuple[Any, int]] = {}
 _backwards: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+space("layer_norm.forward", _forwards, ROWS=(1, 2, 4, 8), num_warps=(1, 2, 4, 8, 16), also=({"ROWS": 2, "num_warps": 8}, {"num_warps": 4}))
+space("layer_norm.backward", _backwards, ROWS=(1, 2, 4), num_warps=(2, 4, 8, 16), STAGES=(1, 2, 3, 4), also=({"num_warps": 8, "ROWS": 2},))
+
+
+def _about(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> str:
+    """What a launch is bound for, in words."""
+    dtypes = (f"{name} {str(t.dtype).removeprefix('torch.')}" for name, t in (("weight", weight), ("bias", bias)) if t is not None)
+    return ", ".join((str(x.dtype).removeprefix("torch."), *dtypes)) + f"; {x.shape[-1]} wide"
 
 
 def formula(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -145,11 +154,16 @@ def _run(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> T
     found = _forwards.get(key)
     if found is None:
         block, tile, warps = _tile(n, rows > 64)
-        launch = bind(
-            _forward, (x, w, b, y, 17, 1e-6), device=device, num_warps=warps,
-            N=n, BLOCK=block, ROWS=tile, SCALED=int(weight is not None), SHIFTED=int(bias is not None),
-        )  # fmt: skip
-        found = _forwards[key] = launch, tile
+
+        def make(c: dict[str, Any]) -> tuple[Any, int]:
+            launch = bind(
+                _forward, (x, w, b, y, 17, 1e-6), device=device, num_warps=c["num_warps"],
+                N=n, BLOCK=block, ROWS=c["ROWS"], SCALED=int(weight is not None), SHIFTED=int(bias is not None),
+            )  # fmt: skip
+            return launch, c["ROWS"]
+
+        bucket = f"{_about(x, weight, bias)}, {size(rows, 64)} rows"
+        found = _forwards[key] = bound("layer_norm.forward", {"ROWS": tile, "num_warps": warps}, bucket, device, make)
     launch, tile = found
     with on(device):
         launch(-(-rows // tile), current_stream(device), px, pw, pb, py, rows, eps)
@@ -178,11 +192,16 @@ def _run_backward(
         tile = max(1, 2048 // block)
         warps = 16 if block >= 8192 else 8 if block >= 4096 else 4  # by registers: two sums are held in them
         loaded = block * tile * (dy.element_size() + x.element_size())
-        launch = bind(
-            _backward, (dy, x, w, dx, partial, partial[1], 17, 17, 1e-6), device=device, num_warps=warps,
-            N=n, BLOCK=block, ROWS=tile, SCALED=int(weight is not None), SHIFTED=int(bias is not None),
-            STAGES=stages(loaded, device),
-        )  # fmt: skip
+
+        def make(c: dict[str, Any]) -> Any:
+            return bind(
+                _backward, (dy, x, w, dx, partial, partial[1], 17, 17, 1e-6), device=device, num_warps=c["num_warps"],
+                N=n, BLOCK=block, ROWS=c["ROWS"], SCALED=int(weight is not None), SHIFTED=int(bias is not None),
+                STAGES=c["STAGES"],
+            )  # fmt: skip
+
+        default = {"ROWS": tile, "num_warps": warps, "STAGES": stages(loaded, device)}
+        launch = bound("layer_norm.backward", default, _about(x, weight, bias), device, make)
         totals = [
             None if t is None else bind(_sum_partials, (p, t, 17), device=device, num_warps=4, N=n, BLOCK=32, ROWS=64)
             for p, t in ((partial, dw), (partial[1], db))

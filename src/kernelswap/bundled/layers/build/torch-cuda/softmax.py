@@ -20,6 +20,7 @@ from torch import Tensor
 from ._launch import INTERPRETED, bind, current_stream, on
 from ._second import recorded
 from .rms_norm import _tile
+from .tuning import bound, size, space
 
 LONGEST = 16384
 """Elements of a row up to which a program holds it in registers."""
@@ -86,6 +87,30 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 _BLOCK = 8192
 _forwards: dict[tuple[Any, ...], tuple[Any, int]] = {}
 _backwards: dict[tuple[Any, ...], tuple[Any, int]] = {}
+for _name, _cache in (("softmax.forward", _forwards), ("softmax.backward", _backwards)):
+    space(
+        _name, _cache, ROWS=(1, 2, 4, 8), num_warps=(1, 2, 4, 8, 16), BLOCK=(2048, 4096, 8192, 16384),
+        also=({"ROWS": 2, "num_warps": 8}, {"num_warps": 4}, {"BLOCK": 4096, "num_warps": 8}),
+    )  # fmt: skip
+
+
+def _rowwise(
+    kernel: str, short: Any, long: Any, args: tuple[Tensor, ...], n: int, rows: int, device: int
+) -> tuple[Any, int]:  # fmt: skip
+    """A launch and how many rows a program has; 0: one, by blocks of it."""
+    bucket = f"{', '.join(str(t.dtype).removeprefix('torch.') for t in args)}; {n} wide, {size(rows, 64)} rows"
+    if n > LONGEST:
+
+        def by_blocks(c: dict[str, Any]) -> tuple[Any, int]:
+            return bind(long, args, device=device, num_warps=c["num_warps"], N=n, BLOCK=c["BLOCK"]), 0
+
+        return bound(kernel, {"BLOCK": _BLOCK, "num_warps": 16}, bucket, device, by_blocks)  # type: ignore[no-any-return]  # what it returns
+    block, tile, warps = _tile(n, rows > 64)
+
+    def whole(c: dict[str, Any]) -> tuple[Any, int]:
+        return bind(short, (*args, 17), device=device, num_warps=c["num_warps"], N=n, BLOCK=block, ROWS=c["ROWS"]), c["ROWS"]
+
+    return bound(kernel, {"ROWS": tile, "num_warps": warps}, bucket, device, whole)  # type: ignore[no-any-return]  # what it returns
 
 
 def formula(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -124,12 +149,7 @@ def _run(x: Tensor, dtype: torch.dtype | None) -> Tensor:
     key = (x.dtype, y.dtype, n, device, rows > 64, (px | py) & 15)
     found = _forwards.get(key)
     if found is None:
-        if n > LONGEST:
-            found = bind(_forward_long, (x, y), device=device, num_warps=16, N=n, BLOCK=_BLOCK), 0
-        else:
-            block, tile, warps = _tile(n, rows > 64)
-            found = bind(_forward, (x, y, 17), device=device, num_warps=warps, N=n, BLOCK=block, ROWS=tile), tile
-        _forwards[key] = found
+        found = _forwards[key] = _rowwise("softmax.forward", _forward, _forward_long, (x, y), n, rows, device)
     launch, tile = found
     with on(device):
         if tile:
@@ -149,12 +169,7 @@ def _run_backward(dy: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
     key = (dy.dtype, y.dtype, dtype, n, device, rows > 64, (pd | py | px) & 15)
     found = _backwards.get(key)
     if found is None:
-        if n > LONGEST:
-            found = bind(_backward_long, (dy, y, dx), device=device, num_warps=16, N=n, BLOCK=_BLOCK), 0
-        else:
-            block, tile, warps = _tile(n, rows > 64)
-            found = bind(_backward, (dy, y, dx, 17), device=device, num_warps=warps, N=n, BLOCK=block, ROWS=tile), tile
-        _backwards[key] = found
+        found = _backwards[key] = _rowwise("softmax.backward", _backward, _backward_long, (dy, y, dx), n, rows, device)
     launch, tile = found
     with on(device):
         if tile:
