@@ -10,7 +10,7 @@ import torch
 from tests.fusion import make
 
 from kernelswap.api import Swapper
-from kernelswap.types import Swap
+from kernelswap.types import Mode, Swap
 
 pytestmark = [
     pytest.mark.gpu,
@@ -281,8 +281,13 @@ def test_hooks_on_a_projection_are_called(swapper):
 
 def test_what_was_measured_serves_by_the_number_of_rows(swapper):
     model = make("qwen3", "cuda", torch.bfloat16, **{**BIG, "hidden_size": 1024, "intermediate_size": 3072})
-    swapper.measure(model, seconds=60)
-    plain = model(ids(1, 1)).logits
-    applied = swapper.swap(model, choose="measured")
-    torch.testing.assert_close(model(ids(1, 1)).logits, plain, atol=8e-2, rtol=8e-2)
-    assert "SwiGLUMLPFused" in applied.explain(long=True)  # served, or passed over with what was measured
+    wanted = {"only": ["SwiGLUMLP", "projections"], "mode": Mode.INFERENCE}
+    swapper.measure(model, seconds=60, compile=False, **wanted)
+    plain = [model(ids(1, tokens)).logits for tokens in (1, 40)]
+    applied = swapper.swap(model, choose="measured", **wanted)
+    told = repr(applied.outcomes)  # served, or passed over with what was measured
+    assert "SwiGLUMLPFused" in told
+    assert "layers:projections" in told
+    for _ in range(2):
+        for tokens, want in zip((1, 40), plain, strict=True):
+            torch.testing.assert_close(model(ids(1, tokens)).logits, want, atol=8e-2, rtol=8e-2)
