@@ -79,6 +79,25 @@ def test_a_training_step_and_all_its_gradients(swapper, kind, dtype, checkpointi
     assert fused(applied) == FUSED[kind]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["qwen3", "gemma3_text"])
+def test_the_gradients_of_q_and_k_in_one_launch_are_those_of_the_model(swapper, kind, dtype, monkeypatch):
+    model = make(kind, "cuda", dtype, **BIG).train()
+    plain = step(model, ids())
+    applied = swapper.swap(model)
+    kernel = next(o.training.implementation for o in applied.outcomes if o.site.layer == "norm_rotary")
+    gradients = kernel.forward.__globals__["norm_rope"].__globals__["gradients"].__globals__
+    calls, of = [], gradients["_run"]
+    monkeypatch.setitem(gradients, "FUSED", True)
+    monkeypatch.setitem(gradients, "_run", lambda *args: calls.append(1) or of(*args))
+    for _ in range(2):
+        for ours, theirs in zip(step(model, ids()), plain, strict=True):
+            scale = theirs.float().abs().max().item() + 1e-6
+            close(ours.float() / scale, theirs.float() / scale, dtype)
+    assert applied.refusals == ()
+    assert len(calls) >= 4
+
+
 def test_the_rotary_embedding_is_inside_and_one_that_has_no_norms_is_not(swapper):
     for kind, inside in (("qwen3", True), ("llama", False)):
         applied = swapper.swap(make(kind, "cuda", torch.bfloat16))
@@ -117,7 +136,7 @@ def test_the_first_norm_of_a_layer_is_made_with_the_last_sum_of_the_layer_before
     calls, of = [], layers["add_rms_norm"]
     monkeypatch.setitem(layers, "add_rms_norm", lambda *args: calls.append(1) or of(*args))
     close(logits(model), plain, dtype)
-    assert len(calls) == 3 + 2
+    assert len(calls) == 3 + 3  # that to the model's own norm among them
     for _ in range(2):  # a hook on a norm is called; then nothing is left of it
         seen = []
         handle = model.model.layers[1].input_layernorm.register_forward_hook(lambda *_, seen=seen: seen.append(1))
