@@ -302,6 +302,7 @@ class Run:
                         print(f"{len(todo) - number} shapes not looked at: the time is up. The same command goes on.")
                     break
                 self.case(case, time.monotonic() + case.weight * left / sum(c.weight for c in todo[number:]), new=new)
+        self.save()
         for file in sorted(self.files):
             print(f"kept in {file}")
         return 3 if self.failed else 0

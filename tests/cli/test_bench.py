@@ -101,6 +101,23 @@ def test_a_benchmark_that_is_not_for_this_device_is_said(capsys):
     assert "--quick and --only are for `bench kernels`" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["demo", "--tune"], "--tune is for `bench kernels`"),
+        (["kernels", "--shape", "K1=3x4"], "--shape, --of and --again are for --tune"),
+        (["kernels", "--tune", "--device", "cpu"], "there is none here"),
+    ],
+)  # fmt: skip
+def test_tuning_where_there_is_nothing_to_tune_says_so(argv, said, capsys):
+    from kernelswap.cli import main
+
+    assert main(["bench", *argv]) != 0
+    err = capsys.readouterr().err
+    assert said in err
+    assert "Traceback" not in err
+
+
 def test_every_script_is_there_and_in_the_wheel_with_what_it_imports():
     root = pathlib.Path(__file__).parents[2]
     included = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]

@@ -176,3 +176,35 @@ def test_functions_that_put_a_part_and_the_rest_together_are_contiguous_even_wit
     assert max(map(relative, found, (x.double() for x in theirs))) < 1e-6
     assert all(x.is_contiguous() for x in (*found, *theirs))
     assert launches == ["_forward"]
+
+
+class Marked(torch.Tensor):
+    """A subclass: the kernel does not know what it means."""
+
+
+def test_a_shape_that_is_known_is_not_taken_for_what_only_looks_like_it(layers, launches):
+    """What is looked up first holds everything that decides: another dtype, shape, kind or wish for a gradient is another question."""
+    rope = layers.rope
+    q, k, cos, sin = torch.randn(1, 2, 3, 16), torch.randn(1, 1, 3, 16), torch.randn(1, 3, 16), torch.randn(1, 3, 16)
+    w = torch.randn(16)
+    for _ in range(2):
+        rope.rope(q, k, cos, sin)
+        rope.norm_rope(q, k, w, w, cos, sin, 1e-6)
+    assert launches == ["_forward"] * 4
+    for call in (lambda c, s: rope.rope(q, k, c, s), lambda c, s: rope.norm_rope(q, k, w, w, c, s, 1e-6)):
+        launches.clear()
+        c, s = cos.clone().requires_grad_(), sin.clone().requires_grad_()
+        sum(t.sum() for t in call(c, s)).backward()
+        assert c.grad is not None
+        assert s.grad is not None
+        call(cos.double(), sin.double())
+        assert launches == []
+        with torch.no_grad():
+            call(c, s)
+        assert launches == ["_forward"]
+    launches.clear()
+    rope.rope(q.as_subclass(Marked), k, cos, sin)
+    rope.rope(q, k.double(), cos, sin)
+    with pytest.raises(RuntimeError):  # as the original raises
+        rope.rope(q, k, cos, sin[:, :2])
+    assert launches == []
