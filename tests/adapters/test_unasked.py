@@ -213,7 +213,7 @@ def test_a_config_that_inherits_nothing_has_neither(qwen, winning):
 
 
 def test_a_config_asks_for_either_where_they_do_not_serve_by_themselves(qwen, bundled):
-    config = KernelConfig({"attention": "kernelswap/attention:flash_attn_forward", "LMHead": "kernelswap/loss:LMHead"})
+    config = KernelConfig({"attention": "kernelswap/attention", "LMHead": "kernelswap/loss:LMHead"})
     model = qwen(use_kernels=True, kernel_config=config, device_map="cpu")
     assert setting(model) == "kernelswap/attention"
     assert lazy(model)
@@ -236,6 +236,26 @@ def test_an_attention_kernel_that_a_config_names_goes_first_and_ours_follows_whe
     assert setting(model) == "kernels-community/flash-attn2"
     model.use_kernels = False
     assert setting(model) == "sdpa"
+
+
+@pytest.mark.parametrize("name", ["attention", "Qwen3Attention"])
+def test_of_several_attention_kernels_the_first_for_the_device_that_can_be_had_serves(qwen, bundled, said, name):
+    mapping = {name: {"cuda": "org/gpu:F", "cpu": ["org/none:F", "kernelswap/attention:flash_attn_forward"]}}
+    model = qwen(use_kernels=True, kernel_config=KernelConfig(mapping), device_map="cpu")
+    assert setting(model) == "kernelswap/attention"
+    assert [line.partition(":")[0] for line in said() if "org/" in line] == ["org/none"]
+    model.set_use_kernels(True, kernel_config=KernelConfig({name: {"cuda": "org/gpu:F"}}))
+    assert setting(model) == "sdpa"
+    assert said()[-1] == f"{name}: org/gpu is for cuda, this is cpu; attention stays sdpa"
+
+
+def test_a_kernel_that_a_config_names_for_other_devices_is_no_news_where_another_serves(qwen, bundled, said):
+    qwen(
+        use_kernels=True,
+        kernel_config=KernelConfig({"RMSNorm": {"cuda": "org/gpu:Norm", "rocm": "org/amd:Norm"}}),
+        device_map="cpu",
+    )
+    assert not [line for line in said() if "org/" in line]
 
 
 def test_a_swapper_with_a_table_of_its_own_has_what_that_says(published, make_swapper, monkeypatch):

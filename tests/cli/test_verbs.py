@@ -244,7 +244,7 @@ def test_a_device_that_is_not_here_is_one_sentence(call, minilm):
 
 def test_doctor_says_what_is_here_and_what_would_load(call, warm_cache):
     data = json.loads(call("doctor", "--cache", warm_cache, "--json").out)
-    assert {line["name"] for line in data["tools"]} == {"driver", "compiler", "kernels", "hub cache", "hub"}
+    assert {line["name"] for line in data["tools"]} == {"driver", "compiler", "kernels", "hub cache", "hub", "tuning"}
     hub = next(line for line in data["tools"] if line["name"] == "hub")
     assert hub["ok"] is False
     kernels = {line["name"]: line for line in data["kernels"]}
@@ -255,7 +255,7 @@ def test_doctor_says_what_is_here_and_what_would_load(call, warm_cache):
 
 def test_doctor_says_of_kernels_that_are_named_whether_they_would_load(call, hub, repo, monkeypatch, warm_cache):
     monkeypatch.setenv("HF_ENDPOINT", hub.url)
-    asked = {"kernelswap/attention": True, f"dir://{repo}": True, "org/none@2": False}
+    asked = {"kernelswap/attention": True, "kernelswap/loss": True, f"dir://{repo}": True, "org/none@2": False}
     data = json.loads(call("doctor", f"dir://{repo}:Twice", "org/none@2:Layer", "--cache", warm_cache, "--json").out)
     kernels = {line["name"]: line for line in data["kernels"]}
     assert {name: kernels[name]["ok"] for name in asked} == asked

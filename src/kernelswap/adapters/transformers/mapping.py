@@ -6,7 +6,7 @@ value = "org/repo:Layer"                              a kernel
       | {"cuda": value, "metal": value}               by device, `cuda:sm90` and `rocm:gfx942` included
       | {Mode.TRAINING: value}                        by mode; or "training", "inference+compile"; inside devices or around them
       | "" | None                                     leave it alone
-key   = "RMSNorm" | "LlamaAttention" | "model.layers.0.*" | a tuple of such names, which is also written "A|B"
+key   = "RMSNorm" | "LlamaAttention" | "attention" | "model.layers.0.*" | a tuple of such names, which is also written "A|B"
       | (("RMSNorm", "model.layers.*.norm"), ("MLP", "model.layers.*.mlp"))    several modules that one kernel replaces
 """
 
@@ -223,7 +223,7 @@ class _Reader:
             lines = str(e).splitlines()
             self.problem("; ".join([f"{text!r}: {e.reason}", *([lines[-1].strip()] if len(lines) > 3 else [])]))  # with the hint
             return
-        if asked.layer is None:
+        if asked.layer is None and self.at != "attention":
             self.problem(f"{text!r} names no layer, expected {'/path' if asked.source == 'dir' else 'org/repo'}:Layer")
             return
         at = self.version(text, about, pinned=(asked.version, asked.revision, asked.constraints) != (None, None, None))
@@ -235,7 +235,8 @@ class _Reader:
         elif trust not in {False, None} if isinstance(trust, (bool, str, int, type(None))) else True:
             self.problem(f"{text!r}: `trust_remote_code` is {trust!r}, expected True, False or a list of repositories")
         if at:
-            written = f"{written.removesuffix(':' + asked.layer)}@{at}:{asked.layer}"
+            layer = f":{asked.layer}" if asked.layer is not None else ""
+            written = f"{written.removesuffix(layer)}@{at}{layer}"
         self.uses.append(Use(written, on=on, modes=in_modes))
 
     def version(self, text: str, about: Mapping[str, Any], *, pinned: bool) -> str:

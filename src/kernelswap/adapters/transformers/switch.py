@@ -208,18 +208,29 @@ class Switch:
 
     def _attention(self, model: Any, wanted: wanting.Wanted, state: State) -> None:
         """Attention kernels that the config names for classes of attention modules: for the model, as `attn_implementation`."""
+        device = str(next((p.device for p in model.parameters()), "cpu"))
         for name, uses in wanted.attention:
-            before, text = model.config._attn_implementation, wanting.attention_spec(uses[0])  # noqa: SLF001  # its only name
-            try:
-                with choices.ours():
-                    model.set_attn_implementation(text, allow_all_kernels=state.trust or bool(wanted.trust))
-            except (Refused, Tampered):
-                raise
-            except (KernelSwapError, ImportError, ValueError, OSError) as e:
-                reason = e.reason if isinstance(e, KernelSwapError) else str(e).partition("\n")[0]
-                self._say(f"{name}: {text}: {reason}; attention stays {before}")
-            else:
-                state.attention.append((weakref.ref(model), before))
+            before = model.config._attn_implementation  # noqa: SLF001  # its only name
+            misfits = [table.misfit(use, device, self.swapper.machine) for use in uses]
+            for text in [wanting.attention_spec(use) for use, why in zip(uses, misfits, strict=True) if why is None]:
+                if self._attend(model, name, text, trust=state.trust or bool(wanted.trust)):
+                    state.attention.append((weakref.ref(model), before))
+                    break
+            if None not in misfits:
+                self._say(f"{name}: {wanting.attention_spec(uses[0])} {misfits[0]}; attention stays {before}")
+
+    def _attend(self, model: Any, name: str, text: str, *, trust: bool) -> bool:
+        """Whether `text` computes attention now; a line says why it does not."""
+        try:
+            with choices.ours():
+                model.set_attn_implementation(text, allow_all_kernels=trust)
+        except (Refused, Tampered):
+            raise
+        except (KernelSwapError, ImportError, ValueError, OSError) as e:
+            reason = e.reason if isinstance(e, KernelSwapError) else str(e).partition("\n")[0]
+            self._say(f"{name}: {text}: {reason}; attention stays {model.config._attn_implementation}")  # noqa: SLF001  # its only name
+            return False
+        return bool(model.config._attn_implementation == text)  # noqa: SLF001  # same
 
     @staticmethod
     def _restore_attention(state: State) -> list[tuple[Any, str, str]]:
@@ -266,12 +277,13 @@ class Switch:
     def _has_layer(self, state: State) -> Callable[[str], bool]:
         def has(text: str) -> bool:
             try:
-                self.swapper.load(text, trust=state.trust)
+                kernel = self.swapper.kernel(text, terms=Terms(trust=state.trust))
+                found = layers.implementation(kernel, spec.parse(text).layer or "")
             except Tampered:
                 raise
             except KernelSwapError:
                 return False
-            return True
+            return found.kind == "module"  # a function computes attention for the whole model
 
         return has
 
@@ -315,7 +327,8 @@ def lines(outcomes: Sequence[Outcome], named: set[str]) -> list[str]:
     for outcome in outcomes:
         kept = isinstance(outcome, Kept)
         passed = outcome.passed if isinstance(outcome, Kept) else _passed_in_both(outcome)
-        tried = [(text, why) for text, why in passed if text in named or (kept and not why.startswith(_NO_NEWS))]
+        tried = [(text, why) for text, why in passed if (kept and text in named) or not why.startswith(_NO_NEWS)]
+        tried = [(text, why) for text, why in tried if kept or text in named]
         if tried:
             text, why = tried[0]
             asked = spec.parse(text)

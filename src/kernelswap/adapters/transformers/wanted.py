@@ -271,7 +271,7 @@ def _type(device: str) -> str:
 def _at_known_version(text: str, table: Sequence[Row]) -> str:
     """A spec without a version, at the version that the table names for the same repository, if it does."""
     asked = spec.parse(text)
-    if asked.source != "hub" or (asked.version, asked.revision, asked.constraints) != (None, None, None):
+    if asked.source != "hub" or asked.layer is None or (asked.version, asked.revision, asked.constraints) != (None, None, None):
         return text
     for row in table:
         for use in row.use:

@@ -17,9 +17,6 @@ if TYPE_CHECKING:
 PANEL = "This machine"
 
 
-ATTENTION = "kernelswap/attention"
-
-
 def command(
     kernels: Annotated[
         list[str] | None, typer.Argument(metavar="[KERNEL]...", help="Say it of these, too.", show_default=False)
@@ -52,7 +49,8 @@ def _look(asked: list[str], seconds: float, cache: Any, *, offline: bool) -> dic
     from ...sources.environment import Environment
     from .. import health
 
-    also = [text.removesuffix(f":{spec.parse(text).layer}") for text in (ATTENTION, *asked)]
+    by_themselves = [use.spec for row in table.wins() for use in row.use]
+    also = [text.removesuffix(f":{spec.parse(text).layer}") for text in (*by_themselves, *asked)]
     environment = Environment.read(os.environ)
     offline = offline or environment.offline
     here = machine.look()
