@@ -165,6 +165,7 @@ class _One:
         def ask() -> Result:
             memory.set_threads(count)
             with memory.on(self.pair.device):
+                memory.settle(self.pair.device)  # a new thread has no context of CUDA, and a caller's has
                 return self.kernel(original)
 
         with futures.ThreadPoolExecutor(1) as pool:
