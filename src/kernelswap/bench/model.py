@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 SHARE = 0.6  # of the time is for the candidates, the rest for the whole model
 ORIGINAL = "the original"
+ATTENTION = "attention"
 
 
 @dataclass(frozen=True)
@@ -87,16 +89,22 @@ def run(  # noqa: PLR0913  # what a user may want, each under its name
     compile: bool = True,  # noqa: A002  # the word that users know
     hub: bool = False,
     attention: bool = False,
+    use: Mapping[str, Sequence[str]] | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Candidates first, for `SHARE` of `seconds` or less; then the model as it is against the model with what won.
+
+    `use`: kernels of the caller's by layer, `attention` among them; they come before those of the table.
 
     The model is as it was afterwards, also when something raises half-way.
     """
     mode = None if train else Mode.INFERENCE
     tell = progress or (lambda *_: None)
-    contest = swapper.measure(subject.model, seconds=SHARE * seconds, mode=mode, compile=compile, hub=hub, progress=progress)
-    swap = functools.partial(swapper.swap, choose="measured", hub=hub, attention=attention or None)
+    given = dict(use or {})
+    named = {ATTENTION: given.pop(ATTENTION)} if ATTENTION in given else {}
+    wanted: dict[str, Any] = {"hub": hub, "attention": attention or bool(named) or None, "table": given or None, "prefer": named}
+    contest = swapper.measure(subject.model, seconds=SHARE * seconds, mode=mode, compile=compile, progress=progress, **wanted)
+    swap = functools.partial(swapper.swap, choose="measured", **wanted)
     rest = (1 - SHARE) * seconds
     whole = job.Job(subject, swap, device, new_tokens, rest / 2 if train else rest, tell, mode)
     try:

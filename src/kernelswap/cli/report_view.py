@@ -21,7 +21,7 @@ def show(report: Report, out: Console) -> None:
     """Print it: what was run, the table, the totals, the undo."""
     head = f"{report.model}: {report.family}, {_count(report.parameters)} parameters, {report.dtype} on {report.device}"
     out.print(Text(head, style="bold"))
-    threads = f", {report.threads} threads" if report.device == "cpu" else ""
+    threads = threads_of(report)
     generated = f", {report.new_tokens} generated" if report.new_tokens else ""
     out.print(Text(f"{report.tokens} tokens of text{generated}{threads}", style="dim"))
     phases = list(report.whole) or sorted({p for row in report.rows for p in row.pairs}, reverse=True)
@@ -34,6 +34,13 @@ def show(report: Report, out: Console) -> None:
     out.print(Text(_LEGEND, style="dim"))
     _texts(report, out)
     _closing(report, out)
+
+
+def threads_of(report: Report) -> str:
+    """`, 2 threads`; nothing where they do not matter."""
+    if report.device != "cpu":
+        return ""
+    return ", 1 thread" if report.threads == 1 else f", {report.threads} threads"
 
 
 def whole(report: Report, out: Console) -> None:

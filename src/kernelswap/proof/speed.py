@@ -191,7 +191,9 @@ class Speeds:
                 verdict = Verdict(accepted=False, reason=f"raises {type(e).__name__}: {text}")
             finally:
                 entry.course.release()
-        verdict = dataclasses.replace(verdict, key=self._key(entry, candidate, bucket))
+        about = dict(keys.about(candidate, site, device, run, None)) | {"tensors": entry.course.names[bucket]}
+        details = (*verdict.details, *about.items())
+        verdict = dataclasses.replace(verdict, key=self._key(entry, candidate, bucket), details=details)
         if lasting:
             self.store.put(verdict)
         return verdict

@@ -42,6 +42,7 @@ def command(
     ] = None,
     hub: Annotated[bool, typer.Option("--hub", help="Kernels of the table that are on the hub are candidates, too.")] = False,
     attention: session.Attention = False,
+    use: session.Use = None,
     no_compile: Annotated[bool, typer.Option("--no-compile", help="Leave out the originals under torch.compile.")] = False,
     no_train: Annotated[bool, typer.Option("--no-train", help="Inference alone: no backward, no training step.")] = False,
     plot: Annotated[
@@ -72,7 +73,8 @@ def command(
 ) -> Answer:
     """Time every candidate of every site of a model, keep what was found, and measure the whole model with what won.
 
-    Candidates: bundled kernels, what is installed here, kernels of the hub with --hub, and the original under torch.compile.
+    Candidates: bundled kernels, what is installed here, kernels of the hub with --hub, your own with --use (`--use attention=...`, too),
+    and the original under torch.compile. With --attention the model's attention is raced like the rest, by prompt and step.
     `swap(model, choose="measured")` uses what was kept. Whoever is stopped goes on: the same command measures only what is missing.
     `bench kernels` and `bench model` run the benchmarks behind our published figures on this machine, and say of each target whether it
     was met. What FILE.json has of rows that are not measured again stays (on a GPU).
@@ -90,8 +92,8 @@ def command(
         given += [*(["--again"] if again else []), *(["--cache", str(cache.absolute())] if cache is not None else [])]
         return _tuned(where(device), as_json=as_json, seconds=budget or 300.0, given=given, out=out, quick=quick, only=only)
     if what in {KERNELS, WHOLE} and not (what == WHOLE and where(device) == "cpu"):
-        if plot is not None or hub or dtype is not None:
-            raise KernelSwapError(f"`bench {what}` draws nothing and takes no --hub or --dtype", asked=f"bench {what}")
+        if plot is not None or hub or use or dtype is not None:
+            raise KernelSwapError(f"`bench {what}` draws nothing and takes no --hub, --use or --dtype", asked=f"bench {what}")
         return _ours(what, where(device), as_json=as_json, seconds=budget, threads=threads, out=out, quick=quick, only=only)
     if quick or only is not None:
         raise KernelSwapError(
@@ -127,6 +129,7 @@ def command(
             compile=not no_compile,
             hub=hub,
             attention=attention,
+            use=session.table(use),
             progress=report,
         )
     if plot is not None:

@@ -28,6 +28,12 @@ def command(
     take: Annotated[
         Path | None, typer.Option("--import", help="Take over the verdicts of FILE; you vouch for them.", metavar="FILE")
     ] = None,
+    lock: Annotated[
+        Path | None,
+        typer.Option(
+            "--lock", help="Only verdicts of builds that the lock of DIR names, as `--export` takes them along.", metavar="DIR"
+        ),
+    ] = None,
     cache: session.Cache = None,
 ) -> Answer:
     """List the verdicts that are kept here: which kernel, for what, on which tensors, accepted or refused, with the errors.
@@ -39,7 +45,8 @@ def command(
 
     store: Any = getattr(session.swapper(cache=cache, offline=True).prover, "store", None)
     taken = _take(store, take) if take is not None else None
-    found = [v for v in store if _named(v, glob)]
+    locked = None if lock is None else _locked(lock)
+    found = [v for v in store if _named(v, glob) and (locked is None or dict(v.details).get("digest") in locked)]
     if export is not None:
         keys = {v.key for v in found}
         data = store.export()
@@ -56,6 +63,16 @@ def command(
         _show(found, plain, out)
 
     return Answer(plain, text, exits.OK)
+
+
+def _locked(folder: Path) -> set[str]:
+    """Digests of the builds that the lock of a directory names."""
+    from ... import locking
+
+    file, lock = locking.there(folder)
+    if lock is None:
+        raise KernelSwapError(f"there is no {file}", todo="`kernelswap lock`, or swap(model, lock=DIR), writes one.")
+    return {build.tree for entry in lock.entries for build in entry.builds if build.tree is not None}
 
 
 def _named(verdict: Verdict, glob: str) -> bool:
@@ -87,7 +104,12 @@ def _show(found: list[Verdict], plain: dict[str, Any], out: Console) -> None:
         for v in sorted(members, key=lambda v: [text for _, text in v.details[-4:]]):
             about = dict(v.details)
             on = ", ".join(filter(None, (about.get("dtype"), about.get("tensors"), about.get("mode"))))
-            words = Text.assemble(on or "?") if v.accepted else Text.assemble(on, ("\nrefused: " + v.reason, "red"))
+            measured = f"\n{v.reason.partition(' on ')[0]}" if "speedup" in about else ""
+            words = (
+                Text.assemble(on or "?", measured)
+                if v.accepted or measured
+                else Text.assemble(on, ("\nrefused: " + v.reason, "red"))
+            )
             table.add_row("", words, error(v.error_kernel), error(v.error_original))
     if groups:
         out.print(table)
