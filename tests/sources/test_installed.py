@@ -123,7 +123,9 @@ def test_it_serves_where_a_measurement_chose_it_and_only_there(source, tmp_path,
     swapper = Swapper(cache=tmp_path / "cache", sources=sources, table=(row,), prover=check, verifiers=())
     model = nn.Sequential(Wasteful(64)).eval()
     assert isinstance(swapper.plan(model, mode=Mode.INFERENCE)[0], Kept), "unmeasured it is no candidate"
-    assert isinstance(swapper.plan(model, mode=Mode.INFERENCE, choose="measured")[0], Kept), "nor where a clock is asked, and knows nothing"
+    assert isinstance(swapper.plan(model, mode=Mode.INFERENCE, choose="measured")[0], Kept), (
+        "nor where a clock is asked, and knows nothing"
+    )
     swapper.measure(model, seconds=60, compile=False)
     (outcome,) = swapper.plan(model, choose="measured", mode=Mode.INFERENCE)
     assert isinstance(outcome, Swap)
