@@ -61,6 +61,15 @@ def raises(q, k, v, softmax_scale=None, causal=False):
     raise RuntimeError("FlashAttention only supports Ampere GPUs or newer")
 
 
+def by_kind(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    few = attention_mask is None and query.shape[2] > 1
+    for _ in range(15 if module.sliding_window is None else 1):
+        out = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=attention_mask, scale=scaling, is_causal=few, enable_gqa=True
+        )
+    return out.transpose(1, 2).contiguous(), None
+
+
 def other(a, b, c):
     return a
 """
@@ -243,21 +252,22 @@ def test_an_edited_original_is_measured_anew(make_swapper, wasteful):
     assert measure(make_swapper(), about, seconds=0).left > 0
 
 
-def test_layers_with_a_window_are_measured_and_served_by_themselves(make_swapper, wasteful):
+def test_layers_with_a_window_are_measured_and_served_by_themselves(make_swapper, candidates, wasteful):
     wasteful(lambda module, query: query.shape[2] > 1 and module.sliding_window is not None)
     size = {"layer_types": ["full_attention", "sliding_attention"], "use_sliding_window": True, "sliding_window": 32}
-    swapper, about = make_swapper(), model(**size)
-    measure(swapper, about)
+    swapper, about = make_swapper(sources={"dir": DirectorySource()}), model(**size)
+    wanted = {"attention": True, "prefer": candidates("by_kind")}
+    measure(swapper, about, **wanted)
     ids = torch.randint(2, 60, (1, 50))
     expected = about.generate(ids, max_new_tokens=3, do_sample=False)
-    with swapper.swap(about, attention=True, choose="measured", mode=Mode.INFERENCE) as applied:
+    with swapper.swap(about, choose="measured", mode=Mode.INFERENCE, **wanted) as applied:
         by = serving(the(applied.outcomes))
-        assert by["window: prompts to 64"] == by["window: prompts of 65-512"] == BUNDLED
+        assert {size for size, serves in by.items() if serves} == {"window: prompts to 64", "window: prompts of 65-512"}
         assert "window: 1 token, cache to 1024" not in by, "such a cache never holds so much"
-        assert not by["prompts of 65-512"] or by["prompts to 64"], "at most noise"
         with applied.counting():
             assert torch.equal(about.generate(ids, max_new_tokens=3, do_sample=False), expected)
-        assert applied.calls[""] >= 1
+        assert applied.calls[""] == 1 + 2, "the layer with the window: its prompt, and its steps, which nobody measured"
+        assert applied.calls_of_original[""] == 3, "the other layer"
 
 
 def test_training_is_measured_with_its_gradients_and_on_prompts_alone(make_swapper, wasteful):
