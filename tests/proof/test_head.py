@@ -21,9 +21,9 @@ def kernel():
         yield module
 
 
-def prove(kernel, dtype=torch.float32):
+def prove(kernel, dtype=torch.float32, hidden=32, vocabulary=100):
     torch.manual_seed(0)
-    head = nn.Linear(32, 100, bias=False, dtype=dtype)
+    head = nn.Linear(hidden, vocabulary, bias=False, dtype=dtype)
     candidate = implementation(kernel.layers.LMHead.forward)
     return Check(None).equivalent(site(head, "head"), head, nn.Linear.forward, candidate, Run(training=True))
 
@@ -31,6 +31,14 @@ def prove(kernel, dtype=torch.float32):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_bundled_head_is_accepted(kernel, dtype):
     verdict = prove(kernel, dtype)
+    assert verdict.accepted, verdict.reason
+
+
+@pytest.mark.slow
+def test_the_rounding_of_a_products_threads_is_no_fault_of_the_kernel(kernel, one_thread):
+    """Eleven rows and 65536 terms: what MKL's second thread sums, it sums one after another, for the original as for the kernel."""
+    torch.set_num_threads(2)
+    verdict = prove(kernel, hidden=16, vocabulary=65536)
     assert verdict.accepted, verdict.reason
 
 

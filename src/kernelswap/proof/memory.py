@@ -264,7 +264,10 @@ def one_thread(*, wanted: bool) -> Iterator[None]:
 
 @contextmanager
 def users_threads() -> Iterator[None]:
-    """The kernel runs as it will run for the user: its threads are part of what is checked."""
+    """Both run as they will run for the user: the kernel's threads are part of what is checked, a product's are part of its rounding.
+
+    MKL sums the 65536 terms of the last of 11 rows one after another where two threads share the rows.
+    """
     count = _user_count()
     if not count:
         yield

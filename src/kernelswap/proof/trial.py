@@ -178,7 +178,7 @@ class _One:
 
     def original(self) -> Result:
         try:
-            with torch.no_grad() if self.want is None else nullcontext():
+            with torch.no_grad() if self.want is None else nullcontext(), memory.users_threads():
                 result = call(
                     self.pair.original, self.pair.module, self.arguments, self.pair.device, self.want, None, self.labels
                 )
