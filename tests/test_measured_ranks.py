@@ -1,7 +1,8 @@
-"""One rank decides for all, under torch's own launcher: also where the ranks' own timings say different things, and after a restart."""
+"""One rank decides for all, under torch's own launcher: also where the ranks' own timings say different things, and when started again."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -30,7 +31,7 @@ from kernelswap.proof import Check, Verdicts
 from kernelswap.types import Machine, Mode, Row, Use
 
 where, root, what = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
-rank, attempt = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+rank = int(os.environ["RANK"])
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
 
@@ -57,7 +58,7 @@ def choice(made):
 
 model = nn.Sequential(Wasteful(64)).eval()
 made = swapper("shared" if what == "shared" else f"of-{rank}")
-if what == "shared" or (rank == 1 and attempt == 0):
+if what == "shared" or rank == 1:
     made.measure(model, seconds=120, compile=False)
 dist.barrier()
 if what == "differ" and rank == 1:  # who has timings asks first, or last: nobody may depend on it
@@ -70,20 +71,16 @@ alone._job = None
 both = [None, None]
 dist.all_gather_object(both, (mine, choice(alone)))
 if rank == 0:
-    with open(where / "said.jsonl", "a") as out:
-        out.write(json.dumps([attempt, both]) + "\\n")
+    with open(where / "said.json", "w") as out:
+        out.write(json.dumps(both))
 dist.barrier()
-if what == "restart" and attempt == 0:
-    made.measure(model, seconds=120, compile=False)  # now this rank would say something else
-    dist.barrier()
-    os._exit(1)
 dist.destroy_process_group()
 """
 
 
 @pytest.fixture
 def launch(make_repo, tmp_path):
-    """Start two ranks; for each attempt: what the ranks chose, and what each would have chosen alone."""
+    """Start two ranks: what each chose, and what each would have chosen alone."""
     pytest.importorskip("transformers")
     root = make_repo("norm", {"torch-cpu": {"code": "from . import layers", "files": {"layers.py": LAYERS + SLOW}}})
     script, where = tmp_path / "rank.py", tmp_path / "cache"
@@ -92,16 +89,11 @@ def launch(make_repo, tmp_path):
     base = {k: v for k, v in os.environ.items() if k not in {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"}}
     environ = {**base, "OMP_NUM_THREADS": "1", "XDG_CONFIG_HOME": str(tmp_path / "config")}
 
-    def run(what, restarts=0):
-        (where / "said.jsonl").unlink(missing_ok=True)
-        launcher = (
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node=2",
-            f"--max-restarts={restarts}",
-        )
+    def run(what, tries=3):
+        for left in ("said.json", "of-0", "of-1"):
+            shutil.rmtree(where / left, ignore_errors=True)
+            (where / left).unlink(missing_ok=True)
+        launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
         done = subprocess.run(
             [*launcher, script, where, root, what],
             cwd=where,
@@ -111,15 +103,17 @@ def launch(make_repo, tmp_path):
             check=False,
             timeout=500,
         )
+        if "Gloo connectFullMesh failed" in done.stderr and tries > 1:  # on a busy machine, before a line of ours has run
+            return run(what, tries - 1)
         assert done.returncode == 0, done.stderr[-3000:]
-        return [both for _, both in map(json.loads, (where / "said.jsonl").read_text().splitlines())]
+        return json.loads((where / "said.json").read_text())
 
     return run
 
 
 @pytest.mark.slow
 def test_ranks_choose_the_same_though_their_own_timings_say_different_things(launch):
-    ((zero, one),) = launch("differ")
+    zero, one = launch("differ")
     assert zero[0] == one[0]
     assert zero[1] != one[1], "alone they would not have"
     assert zero[0] == zero[1], "the first to ask decided"
@@ -129,14 +123,6 @@ def test_ranks_choose_the_same_though_their_own_timings_say_different_things(lau
 def test_a_job_that_is_started_again_on_what_was_measured_chooses_the_same(launch):
     first, again = launch("shared"), launch("shared")
     assert first == again
-    ((zero, one),) = first
+    zero, one = first
     assert zero == one
     assert "Slow" not in zero[0]
-
-
-@pytest.mark.slow
-def test_ranks_that_the_launcher_restarts_agree_as_well(launch):
-    before, after = launch("restart", restarts=1)
-    for zero, one in (before, after):
-        assert zero[0] == one[0]
-    assert before[0][1] != before[1][1], "alone they would not have"

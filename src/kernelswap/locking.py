@@ -49,7 +49,9 @@ def asked(project: Path) -> tuple[Requirement, ...]:
     try:
         tool = tomllib.loads(file.read_text(encoding="utf-8")).get("tool", {})
     except FileNotFoundError as e:
-        raise TableError(f"there is no {file}", todo="Name the directory of a project.") from e
+        raise TableError(
+            f"there is no {file}", todo="Name the directory of a project; for a model: `kernelswap lock --model MODEL`."
+        ) from e
     except ValueError as e:
         raise TableError(f"{file} does not parse: {e}") from e
     found: dict[str, Requirement] = {}
