@@ -38,7 +38,9 @@ def layers():
 
 @pytest.fixture(scope="session")
 def attention():
-    return package("attention_interpreted", "attention/build/torch-universal", "_launch", "decode", "dense", "flash", "forward")
+    return package(
+        "attention_interpreted", "attention/build/torch-universal", "_launch", "append", "decode", "dense", "flash", "forward"
+    )
 
 
 @pytest.fixture(autouse=True)

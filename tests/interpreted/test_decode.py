@@ -124,19 +124,19 @@ def test_a_new_key_and_value_go_into_the_cache_at_the_position_on_the_device(att
     want_k, want_v = k_cache.clone(), v_cache.clone()
     for at in (torch.tensor(7), torch.tensor([19], dtype=torch.int32)):
         want_k[:, :, int(at)], want_v[:, :, int(at)] = k[:, :, 0], v[:, :, 0]
-        assert attention.decode.append(k, v, k_cache, v_cache, at)
+        assert attention.append.append(k, v, k_cache, v_cache, at)
         assert torch.equal(k_cache, want_k)
         assert torch.equal(v_cache, want_v)
-    assert attention.decode.append(k, v, k_cache, v_cache, torch.tensor(20))  # no room: nothing is written
+    assert attention.append.append(k, v, k_cache, v_cache, torch.tensor(20))  # no room: nothing is written
     assert torch.equal(k_cache, want_k)
 
 
 def test_what_does_not_fit_the_cache_is_left_to_the_caller(attention):
     k, cache = torch.randn(1, 2, 1, 16), torch.zeros(1, 2, 8, 16)
     at = torch.tensor(0)
-    assert not attention.decode.append(k.half(), k.half(), cache, cache, at)
-    assert not attention.decode.append(k.expand(1, 2, 3, 16), k.expand(1, 2, 3, 16), cache, cache, at)
-    assert not attention.decode.append(k.requires_grad_(), k, cache, cache, at)
+    assert not attention.append.append(k.half(), k.half(), cache, cache, at)
+    assert not attention.append.append(k.expand(1, 2, 3, 16), k.expand(1, 2, 3, 16), cache, cache, at)
+    assert not attention.append.append(k.requires_grad_(), k, cache, cache, at)
     assert not cache.any()
 
 
@@ -232,14 +232,14 @@ def test_each_new_key_goes_into_its_page_and_rows_to_spare_write_nothing(attenti
     want = [cache.clone() for cache in caches]
     for new, cache in zip((k, v), want, strict=True):
         cache[9, 1], cache[0, size - 1] = new[0, :, 0], new[1, :, 0]
-    assert attention.decode.append(k, v, *(c.transpose(1, 2) for c in caches), at, table)
+    assert attention.append.append(k, v, *(c.transpose(1, 2) for c in caches), at, table)
     assert torch.equal(caches[0], want[0])
     assert torch.equal(caches[1], want[1])
 
 
 def test_each_sequence_has_a_position_of_its_own(attention):
     k, caches = torch.randn(3, 2, 1, 16), torch.zeros(2, 3, 2, 9, 16)
-    assert attention.decode.append(k, 2 * k, *caches, torch.tensor([4, 0, 9]))
+    assert attention.append.append(k, 2 * k, *caches, torch.tensor([4, 0, 9]))
     assert torch.equal(caches[0, 0, :, 4], k[0, :, 0])
     assert torch.equal(caches[1, 1, :, 0], 2 * k[1, :, 0])
     assert not caches[:, 2].any()
@@ -252,13 +252,13 @@ def through(attention, monkeypatch):
     asked = []
     monkeypatch.setattr(attention.dense, "_launches", lambda x: True)
     for name in ("decode", "append"):
-        real = getattr(attention.decode, name)
+        real = getattr(getattr(attention, name), name)
 
         def noted(*args, name=name, real=real, **more):
             asked.append(name)
             return real(*args, **more)
 
-        monkeypatch.setattr(attention.decode, name, noted)
+        monkeypatch.setattr(getattr(attention, name), name, noted)
     return asked
 
 

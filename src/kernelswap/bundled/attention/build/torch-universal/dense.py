@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -107,7 +108,7 @@ def decode(
     """
     if not _launches(q):
         return None
-    module = _triton_kernel()
+    module, _ = _triton_kernels()
     if module is None or not module.takes(q, k, v):
         return None
     if sinks is not None and sinks.requires_grad and torch.is_grad_enabled():
@@ -133,7 +134,7 @@ def append_token(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, at: Ten
     """
     if not _launches(k):
         return False
-    module = _triton_kernel()
+    _, module = _triton_kernels()
     return module is not None and bool(module.append(k, v, k_cache, v_cache, at, table))
 
 
@@ -142,17 +143,19 @@ def _launches(x: Tensor) -> bool:
     return x.is_cuda and not is_compiling() and not torch.jit.is_tracing() and torch.version.hip is None
 
 
-_decode_module: list[object] = []
+_modules: list[tuple[Any, Any]] = []
 
 
-def _triton_kernel():  # type: ignore[no-untyped-def]  # noqa: ANN202  # a module, or None
-    if not _decode_module:
+def _triton_kernels() -> tuple[Any, Any]:
+    """`decode.py` and `append.py`; (None, None) where there is no Triton."""
+    if not _modules:
         try:
-            from . import decode as module
+            from . import append, decode
         except ImportError:
-            module = None
-        _decode_module.append(module)
-    return _decode_module[0]
+            _modules.append((None, None))
+        else:
+            _modules.append((decode, append))
+    return _modules[0]
 
 
 # -- scaled_dot_product_attention -----------------------------------------------------------------------------------

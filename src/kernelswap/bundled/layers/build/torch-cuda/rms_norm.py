@@ -9,6 +9,8 @@ Bytes, forward: x read once, y written once. Backward: x and dy read once, dx wr
 The row statistic is recomputed in backward, where x is read anyway: nothing but x and w is saved.
 """
 
+# long: the norm and the norm of a sum are two forms of each step (kernel, gradients, host side), written and tuned side by side.
+
 from __future__ import annotations
 
 from typing import Any

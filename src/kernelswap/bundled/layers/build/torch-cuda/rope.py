@@ -14,6 +14,8 @@ Backward is the same rotation with -sin, then the norm's (`rope_gradients.py`). 
 Layout: tokens by heads by d, with any strides over batch, sequence and head; d contiguous.
 """
 
+# long: five forms of one rotation, with and without the norm before it, share one kernel and one host side.
+
 from __future__ import annotations
 
 from collections.abc import Callable
